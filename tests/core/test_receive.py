@@ -1,0 +1,82 @@
+"""What a receiver makes of messages that come close behind each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+from core.test_hostile_source import NO_WAIT, OPEN
+
+from tuimig.core import wire
+from tuimig.core.door import Caller
+from tuimig.core.receive import Receiver
+
+IMAGE = wire.Image(2, b"{}", b"", b"", go=False)
+
+
+@pytest.fixture
+def receiver() -> Receiver:
+    return Receiver(OPEN, -1, -1, _settings=NO_WAIT)
+
+
+@pytest.mark.parametrize(("epoch", "go"), [(2, True), (1, False)])
+def test_the_word_to_run_right_behind_its_image(receiver: Receiver, epoch: int, go: bool) -> None:
+    receiver._message(IMAGE)
+    receiver._message(wire.Go(epoch))
+    assert receiver._next is not None
+    assert receiver._next.go is go
+
+
+def test_an_image_that_is_taken_back_at_once(receiver: Receiver) -> None:
+    receiver._message(IMAGE)
+    receiver._message(wire.Abandon(2, "lost"))
+    assert receiver._next is None
+
+
+def test_the_source_learns_when_its_streams_have_joined(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[wire.Message] = []
+    monkeypatch.setattr(Receiver, "_send", lambda _, message: said.append(message))
+    come = [*streams(1, 1), *streams(2, 3)]
+    for caller, _ in come:
+        receiver._called(caller)
+    assert said == [wire.Joined(1, 1), wire.Joined(2, 1), wire.Joined(2, 2), wire.Joined(2, 3)]
+    receiver._dismiss(receiver._streams)
+    for _, theirs in come:
+        theirs.close()
+
+
+def streams(epoch: int, number: int = 17) -> list[tuple[Caller, socket.socket]]:
+    """With the other end of what holds the process that brought it."""
+    made = []
+    for n in range(number):
+        ours, theirs = socket.socketpair()
+        null = os.open(os.devnull, os.O_RDONLY)
+        opened = wire.Open("ef" * 32, "pages" if n else "demand", False, epoch, "1.0")
+        made.append((Caller(opened, null, os.dup(null), ours), theirs))
+    return made
+
+
+def test_streams_of_an_attempt_that_is_over_are_let_go_of(receiver: Receiver) -> None:
+    """Sixteen and the demands' one, twice: those of the lost attempt, and those made for the next."""
+    old, new = streams(1), streams(2)
+    for caller, _ in [*old, *new]:
+        receiver._called(caller)
+    taken: list[int] = []
+
+    def add(fd_in: int, fd_out: int, kind: int) -> None:
+        os.close(fd_in)
+        os.close(fd_out)
+        taken.append(kind)
+
+    arrival = SimpleNamespace(add=add)
+    receiver._attempt = SimpleNamespace(pages=SimpleNamespace(epoch=IMAGE.epoch, arrival=arrival))  # type: ignore[assignment]
+    receiver._adopt_streams()
+    assert len(taken) == len(new)
+    assert receiver._streams == [caller for caller, _ in new]
+    for _, theirs in old:
+        assert theirs.recv(1) == b""  # the process that brought it may end
+    receiver._dismiss(receiver._streams)
+    for _, theirs in [*old, *new]:
+        theirs.close()
