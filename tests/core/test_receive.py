@@ -10,7 +10,9 @@ import pytest
 from core.test_hostile_source import NO_WAIT, OPEN
 
 from tuimig.core import wire
+from tuimig.core.control import Control
 from tuimig.core.door import Caller
+from tuimig.core.errors import ConnectionLost
 from tuimig.core.receive import Receiver
 
 IMAGE = wire.Image(2, b"{}", b"", b"", go=False)
@@ -45,6 +47,20 @@ def test_the_source_learns_when_its_streams_have_joined(receiver: Receiver, monk
     receiver._dismiss(receiver._streams)
     for _, theirs in come:
         theirs.close()
+
+
+def test_a_source_that_gives_up_and_closes_is_heard(receiver: Receiver) -> None:
+    """Though the receiver says something itself first, and finds the connection closed."""
+    near, far = socket.socketpair()
+    far.sendall(wire.frame(wire.End()))
+    far.close()
+    receiver._control = Control(near.fileno(), near.fileno(), receiver._inbox, large=True)
+    receiver._send(wire.Built(1))
+    with pytest.raises(ConnectionLost, match="the source ended the session"):
+        for _ in range(100):
+            receiver._pump(0.1)
+    receiver._control.close()
+    near.detach()
 
 
 def streams(epoch: int, number: int = 17) -> list[tuple[Caller, socket.socket]]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuimig.core import wire
+from tuimig.core import control, wire
 from tuimig.core.control import Control, Lost, read_first
 from tuimig.core.errors import ConnectionLost, ProtocolError, UsageError
 from tuimig.core.transport import parse
@@ -117,15 +117,31 @@ def test_only_an_image_may_be_large() -> None:
 def test_silence_and_ends_are_told() -> None:
     near, far = socket.socketpair()
     inbox: Any = queue.SimpleQueue()
-    control = Control(near.detach(), os.dup(far.fileno()), inbox, large=False)
+    connection = Control(near.detach(), os.dup(far.fileno()), inbox, large=False)
     far.sendall(wire.frame(wire.Built(4)))
-    assert inbox.get(timeout=10) == (control, wire.Built(4))
+    assert inbox.get(timeout=10) == (connection, wire.Built(4))
     far.shutdown(socket.SHUT_WR)
     lost = inbox.get(timeout=10)
     assert isinstance(lost, Lost)
     assert isinstance(lost.error, ConnectionLost)
-    control.close()
+    connection.close()
     far.close()
+
+
+def test_what_was_said_comes_before_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other side has closed before its words are read: the first beat fails while most of them are still to come."""
+    monkeypatch.setattr(control, "BEAT_S", 0.0)
+    monkeypatch.setattr(control, "PIECE", 64)
+    near, far = socket.socketpair()
+    far.sendall(b"".join(wire.frame(wire.Built(number)) for number in range(100)))
+    far.close()
+    inbox: Any = queue.SimpleQueue()
+    fd = near.detach()
+    connection = Control(fd, fd, inbox, large=False)
+    for number in range(100):
+        assert inbox.get(timeout=10) == (connection, wire.Built(number))
+    assert isinstance(inbox.get(timeout=10), Lost)
+    connection.close()
 
 
 def test_the_first_frame_is_read_to_its_last_byte_and_no_further() -> None:

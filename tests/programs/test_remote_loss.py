@@ -199,8 +199,8 @@ def churn(targets: Callable[..., Target]) -> Target:
 
 # slow enough that every phase lasts
 SLOW = ("--bandwidth", "12MiB", "--precopy", "off")
-# all but a few pages go before T0
-EARLY = ("--bandwidth", "40MiB")
+# all but a few pages go before T0; in rounds of a stated number, as a busy machine may leave little for a second one
+EARLY = ("--bandwidth", "40MiB", "--precopy", "4")
 EARLY_PHASES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "first round": lambda e: e["event"] == "progress" and e.get("sent_pages", 0) > 1000,
     "later round": lambda e: e["event"] == "round" and e["number"] >= 1,

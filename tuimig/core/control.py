@@ -1,7 +1,8 @@
 """A control connection: messages over two descriptors, a sign of life every second, and the notice of its loss.
 
 One thread a connection reads, beats and watches; what it finds goes into the inbox of the session, in order. `send` may
-be called from any thread. Nothing blocks longer than the time after which silence counts as loss.
+be called from any thread. Nothing blocks longer than the time after which silence counts as loss. What the other side
+said before a loss comes before the loss: a side that gives up says so, closes, and takes nothing any more.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Control:
         self._already = already
         self._lock = threading.Lock()
         self._closed = False
+        self._broken: ConnectionLost | None = None  # nothing can be sent any more
+        self._broken_at = 0.0
         self._sent_at = self._heard_at = time.monotonic()
         self._silence_s = FIRST_S
         for fd in {fd_in, fd_out}:
@@ -54,10 +57,16 @@ class Control:
         self._thread.start()
 
     def send(self, message: wire.Message) -> None:
-        """ConnectionLost where it cannot be brought on its way."""
+        """ConnectionLost where it cannot be brought on its way; the inbox has its Lost behind what has come till then."""
         data = memoryview(wire.frame(message))
         with self._lock:
-            self._write(data)
+            if self._broken is not None:
+                raise self._broken
+            try:
+                self._write(data)
+            except ConnectionLost as error:
+                self._breaks(error)
+                raise
 
     def close(self) -> None:
         self._closed = True
@@ -87,14 +96,19 @@ class Control:
                 raise ConnectionLost("the other side takes nothing any more")
         self._sent_at = time.monotonic()
 
+    def _breaks(self, error: ConnectionLost) -> None:
+        self._broken, self._broken_at = error, time.monotonic()
+
     def _run(self) -> None:
         try:
             self._deliver(self._already)
             poll = select.poll()
             poll.register(self._in, select.POLLIN)
             while not self._closed:
-                ready = poll.poll(TICK_MS)
+                ready = poll.poll(0 if self._broken else TICK_MS)
                 now = time.monotonic()
+                if self._broken is not None and (not ready or now - self._broken_at > SILENCE_S):
+                    raise self._broken
                 if ready:
                     self._deliver(self._read())
                     self._heard_at, self._silence_s = now, SILENCE_S
@@ -125,10 +139,12 @@ class Control:
                 self._inbox.put((self, message))
 
     def _beat(self, now: float) -> None:
-        if now - self._sent_at < BEAT_S or not self._lock.acquire(blocking=False):
+        if self._broken is not None or now - self._sent_at < BEAT_S or not self._lock.acquire(blocking=False):
             return  # somebody sends something better
         try:
             self._write(memoryview(wire.frame(wire.Beat())))
+        except ConnectionLost as error:
+            self._breaks(error)
         finally:
             self._lock.release()
 

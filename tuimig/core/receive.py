@@ -459,13 +459,10 @@ class Receiver:
     # ------------------------------------------------------------ what is said
 
     def _send(self, message: wire.Message) -> None:
-        """What is lost on the way is said again by State, when there is a connection again."""
-        if self._control is None:
-            return
-        try:
-            self._control.send(message)
-        except ConnectionLost as error:
-            self._control_lost(error)
+        """What is lost on the way is said again by State, when there is a connection again. The inbox tells the loss."""
+        if self._control is not None:
+            with contextlib.suppress(ConnectionLost):
+                self._control.send(message)
 
     def _say_failed(self, error: TuimigError, *, ran: bool) -> None:
         epoch = self._attempt.image.epoch if self._attempt is not None else 0

