@@ -129,7 +129,7 @@ def test_silence_and_ends_are_told() -> None:
 
 
 def test_what_was_said_comes_before_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other side has closed before its words are read: the first beat fails while most of them are still to come."""
+    """The other side has closed: the first beat fails while most of its words are still to be read."""
     monkeypatch.setattr(control, "BEAT_S", 0.0)
     monkeypatch.setattr(control, "PIECE", 64)
     near, far = socket.socketpair()

@@ -57,7 +57,7 @@ class Control:
         self._thread.start()
 
     def send(self, message: wire.Message) -> None:
-        """ConnectionLost where it cannot be brought on its way; the inbox has its Lost behind what has come till then."""
+        """ConnectionLost where it cannot be brought on its way; the inbox tells the loss, behind what still came."""
         data = memoryview(wire.frame(message))
         with self._lock:
             if self._broken is not None:

@@ -459,7 +459,7 @@ class Receiver:
     # ------------------------------------------------------------ what is said
 
     def _send(self, message: wire.Message) -> None:
-        """What is lost on the way is said again by State, when there is a connection again. The inbox tells the loss."""
+        """What is lost is said again by State, when there is a connection again; the inbox tells the loss."""
         if self._control is not None:
             with contextlib.suppress(ConnectionLost):
                 self._control.send(message)

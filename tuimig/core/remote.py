@@ -129,7 +129,7 @@ class RemoteSession(Session):
 
     @property
     def is_cancelled(self) -> bool:
-        return self._cancelled.is_set()
+        return self._cancelled
 
 
 def _settings(verb: str, options: Options) -> wire.Settings:
@@ -547,7 +547,7 @@ class _Relay(Relay):
             self._session.say(Handover(here, there))
 
     def _send(self, message: wire.Message) -> None:
-        """What is lost on the way is said again after the loss, which the next step finds behind what came before it."""
+        """What is lost on the way is said again after the loss, which the next step finds behind what still came."""
         with contextlib.suppress(ConnectionLost):
             self._peer.send(message)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -116,7 +115,7 @@ class Session:
         self._listener = listener
         self.gate = gate
         self._watch = Watch(listener) if detail else None
-        self._cancelled = threading.Event()
+        self._cancelled = False  # no Event: a signal handler that sets one waits for the wait that it interrupted
         self._relay = Relay()
         self._phase = "look"
         self._precopy: Precopy | None = None
@@ -126,7 +125,7 @@ class Session:
 
     def cancel(self) -> None:
         """End the migration soon; the source runs on, nothing is left. Safe from signal handlers and other threads."""
-        self._cancelled.set()
+        self._cancelled = True
 
     # ------------------------------------------------------------ verbs
 
@@ -378,7 +377,7 @@ class Session:
         until = time.monotonic() + seconds
         waits = self._relay.catches_up()
         while (left := until - time.monotonic()) > 0 or (waits and self._relay.behind()):
-            self._cancelled.wait(min(max(left, 0.002), 0.05))
+            time.sleep(min(max(left, 0.002), 0.05))
             self._stop_if_cancelled()
             self._relay.precopying(spool)
 
@@ -524,7 +523,7 @@ class Session:
         self._listener(event)
 
     def _stop_if_cancelled(self) -> None:
-        if self._cancelled.is_set():
+        if self._cancelled:
             raise Cancelled("cancelled; the source runs on as before" if self._has_source else "cancelled")
 
 
