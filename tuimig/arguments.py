@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from tuimig import __version__
-from tuimig.core import policy, transport
+from tuimig import __version__, connecting
+from tuimig.core import policy
 from tuimig.core.errors import UsageError
 from tuimig.core.jobs import Job
 from tuimig.core.model import Options, PortMap, Treatment
@@ -21,8 +21,6 @@ from tuimig.settings import Settings, checked
 
 DEMOS: Final = ("counter", "canvas", "kv", "churn", "hog", "redis")
 MOST_BUDGET_MS: Final = 60_000.0
-MOST_STREAMS: Final = 16
-MOST_RECONNECT_S: Final = 86_400.0
 DESTINATIONS: Final = "local, unix:PATH or ssh://[user@]host[:port]"
 EXIT_CODES: Final = """exit codes:
   0 done                                      4 the target is gone
@@ -101,7 +99,7 @@ def parser() -> Parser:
     clone.add_argument("--full", action="store_true", help="fill in all pages before the copy runs")
     _destination(clone)
     _state(clone)
-    _connection(clone)
+    connecting.add(clone)
     _long(clone)
 
     move = _verb(
@@ -117,7 +115,7 @@ def parser() -> Parser:
     move.add_argument("--full", action="store_true", help="bring in all pages before it runs there (it waits longer)")
     _destination(move)
     _state(move)
-    _connection(move)
+    connecting.add(move)
     _long(move)
 
     receive = _verb(
@@ -212,25 +210,6 @@ def _state(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--yes", action="store_true", help="accept what `check` asks about")
 
 
-def _connection(verb: argparse.ArgumentParser) -> None:
-    group = verb.add_argument_group("the connection to another host")
-    group.add_argument("--remote-command", metavar="CMD", default="tuimig", help="what ssh runs (default tuimig)")
-    group.add_argument("--streams", metavar="N", type=int, default=1, help="connections for pages (default 1)")
-    group.add_argument("--compress", choices=["none", "lz4", "zstd"], default="none")
-    group.add_argument(
-        "--bandwidth",
-        metavar="SIZE",
-        help="most that pages in the background may take in a second, like 50MiB; demands are not held up",
-    )
-    group.add_argument("--reconnect", metavar="SECONDS", type=float, default=60.0, help="try that long (default 60)")
-    group.add_argument(
-        "--on-loss",
-        choices=["kill", "poison"],
-        default="kill",
-        help="a copy whose source is gone for good: end it, or only whoever touches a missing page",
-    )
-
-
 def _long(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--events", metavar="FILE|-", help="JSON lines while it runs; - is stdout")
     verb.add_argument("--record", metavar="FILE", type=Path, help="record it, for `tuimig replay`")
@@ -255,7 +234,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         return found
     if getattr(found, "events", None) == "-" and found.json:
         raise UsageError("--events - and --json both write to stdout", cure="Give --events a file")
-    _check_connection(found)
+    if hasattr(found, "destination"):
+        connecting.check(found)
+    _check_listen(getattr(found, "listen", None))
     precopy = getattr(found, "precopy", "off")
     if precopy not in ("auto", "off") and not (precopy.isascii() and precopy.isdigit() and 0 < int(precopy) <= 1000):
         raise UsageError("not a number of rounds", subject=f"--precopy {precopy}", cure="Use auto, off, or 1 to 1000")
@@ -269,20 +250,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return found
 
 
-def _check_connection(found: argparse.Namespace) -> None:
-    if hasattr(found, "destination"):
-        transport.parse(found.destination)
-        transport.check_command(found.remote_command)
-        if not 1 <= found.streams <= MOST_STREAMS:
-            raise UsageError(f"not between 1 and {MOST_STREAMS}: {found.streams}", subject="--streams")
-        if not 0 <= found.reconnect <= MOST_RECONNECT_S:
-            raise UsageError(f"not between 0 and {MOST_RECONNECT_S:.0f}: {found.reconnect:g}", subject="--reconnect")
-    if getattr(found, "listen", None) and not found.listen.removeprefix("unix:"):
-        raise UsageError("no path", subject="--listen")
-    if getattr(found, "listen", None) and not found.listen.startswith("unix:"):
+def _check_listen(path: str | None) -> None:
+    if path is None:
+        return
+    if not path.startswith("unix:"):
         raise UsageError(
-            f"not a place to listen: {found.listen}", cure="Only unix:PATH; over a network use ssh (receive --stdio)"
+            f"not a place to listen: {path}", cure="Only unix:PATH; over a network use ssh (receive --stdio)"
         )
+    if not path.removeprefix("unix:"):
+        raise UsageError("no path", subject="--listen")
 
 
 def settings_of(found: argparse.Namespace, base: Settings) -> Settings:
@@ -323,23 +299,10 @@ def options_of(found: argparse.Namespace) -> Options:
     return Options(
         **given,
         freeze_budget_ms=getattr(found, "freeze_budget", None),
-        **_connection_of(found),
+        **connecting.values(found),
         map_ports=tuple(parse_port(text) for text in getattr(found, "map_port", ())),
         map_paths=tuple(_path(text) for text in getattr(found, "map_path", ())),
     )
-
-
-def _connection_of(found: argparse.Namespace) -> dict[str, Any]:
-    if not hasattr(found, "on_loss"):
-        return {}
-    return {
-        "on_loss": found.on_loss,
-        "reconnect_s": found.reconnect,
-        "streams": found.streams,
-        "compress": found.compress,
-        "bandwidth": policy.parse_size(found.bandwidth) if found.bandwidth is not None else 0,
-        "remote_command": found.remote_command,
-    }
 
 
 def command_of(job: Job) -> list[str]:
@@ -362,6 +325,7 @@ def command_of(job: Job) -> list[str]:
             words += ["--map-port", f"{port.old}:{port.new}"]
         words += ["--pid-namespace", options.pid_namespace] if options.pid_namespace != "auto" else []
         words += ["--full"] if options.full else []
+    words += connecting.words(options) if job.remote else []
     words += ["--record", job.record] if job.record else []
     words += ["--tcp", options.tcp] if options.tcp != "refuse" else []
     words += ["--stdio", options.stdio] if options.stdio != "null" else []

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import psutil
 
 from tuimig.core import check, policy, procfs
@@ -200,13 +199,9 @@ class LiveBackend:
 
     def stored_ports(self, manifest: Manifest) -> list[Port]:
         """What a snapshot's process listened on."""
-        from tuimig.core.state import sockets
+        from tuimig.core import ports
 
-        raw = manifest.state.get(sockets.KIND.name)
-        if raw is None:
-            return []
-        section = msgspec.json.decode(raw, type=sockets.Inets)
-        return [Port(number, kind) for number, kind in sockets.ports_of(section)]
+        return [Port(number, kind) for number, kind in ports.stored(manifest)]
 
     def load_policy(self, file: Path) -> Policy:
         return policy.load(file)

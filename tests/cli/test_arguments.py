@@ -40,6 +40,11 @@ def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) ->
         (["clone", "1", "--freeze-budget", "0"], "not more than 0 and at most"),
         (["clone", "1", "--freeze-budget", "nan"], "not more than 0 and at most"),
         (["clone", "1", "--guard", "maybe"], "invalid choice"),
+        (["move", "1", "local", "--streams", "17"], "not between 1 and 16"),
+        (["move", "1", "local", "--reconnect", "nan"], "not between 0 and"),
+        (["move", "1", "ssh://host", "--remote-command", " "], "not a command"),
+        (["receive", "--listen", "unix:"], "no path"),
+        (["receive", "--listen", "/run/x"], "not a place to listen"),
         (["clone", "1", "--events", "-", "--json"], "both write to stdout"),
         (["clone", "1", "--eager", "20-10"], "empty address range"),
     ],
@@ -48,6 +53,39 @@ def test_usage_errors(words: list[str], what: str) -> None:
     with pytest.raises(UsageError, match=what) as caught:
         arguments.parse(words)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--remote-command", "x"],
+        ["--streams", "1"],
+        ["--compress", "none"],
+        ["--bandwidth", "1M"],
+        ["--reconnect", "60"],
+        ["--on-loss", "kill"],
+    ],
+)
+def test_the_connection_of_a_clone_on_this_host(option: list[str]) -> None:
+    """What has no effect is refused, also where it says what holds without it."""
+    for words in (["clone", "7"], ["clone", "7", "local"]):
+        with pytest.raises(UsageError, match=rf"^{option[0]}: it has no effect on a clone on this host.*ssh://"):
+            arguments.parse([*words, *option])
+    assert arguments.parse(["clone", "7", "ssh://host", *option])
+
+
+@pytest.mark.parametrize("words", [["clone", "7", "unix:/run/x"], ["move", "7", "unix:/run/x"], ["move", "7", "local"]])
+def test_a_remote_command_is_what_ssh_runs(words: list[str]) -> None:
+    with pytest.raises(UsageError, match="--remote-command: it has no effect"):
+        arguments.parse([*words, "--remote-command", "tuimig"])
+    options = arguments.options_of(arguments.parse([*words, "--streams", "2", "--bandwidth", "1M", "--reconnect", "5"]))
+    assert (options.streams, options.bandwidth, options.reconnect_s) == (2, 1 << 20, 5.0)
+
+
+def test_what_a_connection_has_by_default() -> None:
+    options = arguments.options_of(arguments.parse(["move", "7", "ssh://host"]))
+    assert (options.remote_command, options.streams, options.compress) == ("tuimig", 1, "none")
+    assert (options.bandwidth, options.reconnect_s, options.on_loss) == (0, 60.0, "kill")
 
 
 @pytest.mark.parametrize("text", ["80", "80:", ":80", "80:x", "0:80", "80:65536", "-1:80", "80:81:82"])

@@ -268,3 +268,13 @@ def test_the_command_line_says_the_same_as_the_job(place: Path) -> None:
             assert (again.map_ports, again.pid_namespace, again.full) == (options.map_ports, "host", True)
         else:
             assert found.directory == place / "s n"
+
+
+def test_the_command_line_of_a_job_to_elsewhere() -> None:
+    far = Options(
+        remote_command="/opt/a b", streams=3, compress="lz4", bandwidth=3 << 20, reconnect_s=5, on_loss="poison"
+    )
+    for options in (Options(), far):
+        line = arguments.command_of(Job("clone", 4711, "ssh://host", options=options))
+        assert arguments.options_of(arguments.parse(line[1:])) == options
+    assert len(arguments.command_of(Job("clone", 4711, "local", options=Options()))) == 3

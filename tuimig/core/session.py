@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tuimig.core import check, dump, heat, precopy, procfs
+from tuimig.core import check, dump, heat, ports, precopy, procfs
 from tuimig.core.errors import Cancelled, CaptureLost, FreezeFailed, SpoolFull, TuimigError, Unsupported
 from tuimig.core.manifest import Manifest
 from tuimig.core.model import (
@@ -175,6 +175,7 @@ class Session:
         self._has_source = False
         self._enter("look")
         with open_snapshot(directory) as snapshot:
+            ports.check_stored(snapshot.manifest, options, str(directory))
             process = snapshot.manifest.process
             command = " ".join(process.cmdline) or process.comm
             self._say(Planned("restore", process.host_pid, command, snapshot.manifest.plan()))
@@ -197,6 +198,7 @@ class Session:
     def _plan(self, look: procfs.LiveLook, policy: Policy, verb: str) -> Plan:
         subject = f"process {look.pid}"
         check.refuse(check.check_look(look), look.options, subject)
+        ports.check_look(look, subject)
         plan = policy.plan(look.regions)
         command = " ".join(procfs.read_cmdline(look.pid)).strip() or look.status.get("Name", "")
         self._say(Planned(verb, look.pid, command, plan))

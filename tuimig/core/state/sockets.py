@@ -96,6 +96,16 @@ def ports_of(section: Inets) -> list[tuple[int, str]]:
     return sorted(found)
 
 
+def pictures(look: Look) -> list[Picture]:
+    """Of all that a process has open."""
+    found = []
+    for group in groups(look, look.descriptors, Sockets.name):
+        with borrow(look, group.first) as fd:
+            if fd is not None:
+                found.append(_take(fd)[0])
+    return found
+
+
 def _tcp_role(sock: socket.socket) -> tuple[str, int, int]:
     """Role, backlog, connections that wait to be accepted."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
