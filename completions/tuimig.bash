@@ -3,7 +3,7 @@ _tuimig() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} verb= options= values=
     local index
     for ((index = 1; index < COMP_CWORD; index++)); do
-        case ${COMP_WORDS[index]} in ps|maps|check|snapshot|restore|clone|move|receive|inspect|verify|demo|replay) verb=${COMP_WORDS[index]}; break;; esac
+        case ${COMP_WORDS[index]} in ps|maps|check|snapshot|restore|clone|move|receive|journals|inspect|verify|demo|replay) verb=${COMP_WORDS[index]}; break;; esac
     done
     case "$verb $before" in
         "ps --user") values=word ;;
@@ -82,13 +82,14 @@ _tuimig() {
         "move --record") values=file ;;
         "move --report") values=file ;;
         "receive --listen") values=word ;;
+        "journals --clear") values=word ;;
         "demo --memory") values=word ;;
         "demo --events") values=file ;;
         "demo --record") values=file ;;
         "demo --report") values=file ;;
     esac
     case "$verb" in
-        "") options="ps maps check snapshot restore clone move receive inspect verify demo replay -h --help --version --pid --read-only --ascii --no-mouse --refresh --theme" ;;
+        "") options="ps maps check snapshot restore clone move receive journals inspect verify demo replay -h --help --version --pid --read-only --ascii --no-mouse --refresh --theme" ;;
         ps) options="--json --user --all" ;;
         maps) options="--json --eager-below --eager --protect --policy" ;;
         check) options="--json --tcp --stdio --yes" ;;
@@ -97,6 +98,7 @@ _tuimig() {
         clone) options="--json --eager-below --eager --protect --policy --guard --precopy --track --max-slowdown --freeze-budget --verify --full --map-port --map-path --pid-namespace --tcp --stdio --yes --remote-command --streams --compress --bandwidth --reconnect --on-loss --events --record --redact --step --report" ;;
         move) options="--json --eager-below --eager --protect --policy --guard --precopy --track --max-slowdown --freeze-budget --verify --full --map-port --map-path --pid-namespace --tcp --stdio --yes --remote-command --streams --compress --bandwidth --reconnect --on-loss --events --record --redact --step --report" ;;
         receive) options="--json --stdio --listen" ;;
+        journals) options="--json --clear --yes" ;;
         inspect) options="--json" ;;
         verify) options="--json" ;;
         demo) options="--json --list --no-console --memory --events --record --redact --step --report" ;;

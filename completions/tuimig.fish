@@ -1,5 +1,5 @@
 # fish completion for tuimig. Made by `python -m tuimig.manual` from the parser. Do not edit.
-set -l verbs ps maps check snapshot restore clone move receive inspect verify demo replay
+set -l verbs ps maps check snapshot restore clone move receive journals inspect verify demo replay
 complete -c tuimig -f
 complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a ps -d 'list processes and whether each can be migrated'
 complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a maps -d 'a process\'s regions, what would be done with each, and why'
@@ -9,6 +9,7 @@ complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a restore -d 'ru
 complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a clone -d 'a live copy; the source runs on'
 complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a move -d 'it goes on elsewhere; the source ends when the destination has every page'
 complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a receive -d 'the destination\'s end of a clone or a move'
+complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a journals -d 'what moves that did not end well have left here, and what to do'
 complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a inspect -d 'what a snapshot holds'
 complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a verify -d 'whether every byte of a snapshot is sound'
 complete -c tuimig -n "not __fish_seen_subcommand_from $verbs" -a demo -d 'start a workload, clone it, show that both run on'
@@ -133,6 +134,9 @@ complete -c tuimig -n "__fish_seen_subcommand_from move" -a '(__fish_complete_pi
 complete -c tuimig -n "__fish_seen_subcommand_from receive" -l json -d 'one JSON document on stdout'
 complete -c tuimig -n "__fish_seen_subcommand_from receive" -l stdio -d 'one connection on standard input and output, under ssh'
 complete -c tuimig -n "__fish_seen_subcommand_from receive" -l listen -x -d 'until it is ended; only your own user and root may connect'
+complete -c tuimig -n "__fish_seen_subcommand_from journals" -l json -d 'one JSON document on stdout'
+complete -c tuimig -n "__fish_seen_subcommand_from journals" -l clear -x -d 'remove this one; not while its move still runs'
+complete -c tuimig -n "__fish_seen_subcommand_from journals" -l yes -d 'also where its source is stopped and may be needed'
 complete -c tuimig -n "__fish_seen_subcommand_from inspect" -l json -d 'one JSON document on stdout'
 complete -c tuimig -n "__fish_seen_subcommand_from inspect" -a '(__fish_complete_directories)'
 complete -c tuimig -n "__fish_seen_subcommand_from verify" -l json -d 'one JSON document on stdout'

@@ -127,6 +127,12 @@ def parser() -> Parser:
         "--listen", metavar="unix:PATH", help="until it is ended; only your own user and root may connect"
     )
 
+    journals = _verb(
+        verbs, "journals", "what moves that did not end well have left here, and what to do", "tuimig journals"
+    )
+    journals.add_argument("--clear", metavar="SESSION", help="remove this one; not while its move still runs")
+    journals.add_argument("--yes", action="store_true", help="also where its source is stopped and may be needed")
+
     inspect = _verb(verbs, "inspect", "what a snapshot holds", "tuimig inspect /var/tmp/redis.snap")
     inspect.add_argument("directory", metavar="DIR", type=Path)
 

@@ -212,6 +212,26 @@ def check(found: argparse.Namespace, _: Signals) -> int:
     return 3 if missing else 5 if standing else 0
 
 
+def journals(found: argparse.Namespace, _: Signals) -> int:
+    from tuimig.core import journals as left
+
+    if found.yes and found.clear is None:
+        raise UsageError("--yes without --clear", cure="Say --clear SESSION as well")
+    rows = left.kept() if found.clear is None else left.clear(found.clear, accepted=found.yes)
+    if found.json:
+        document(rows)
+    elif found.clear is not None:
+        for row in rows:
+            print(f"removed {row.path}")
+    elif not rows:
+        print("No move has left a journal here")
+    else:
+        from tuimig import render
+
+        render.journals(rows)
+    return 0
+
+
 def inspect(found: argparse.Namespace, _: Signals) -> int:
     from tuimig.core.snapshot import open_snapshot
 
@@ -459,6 +479,7 @@ VERBS: dict[str, Callable[[argparse.Namespace, Signals], int]] = {
     "clone": clone,
     "move": move,
     "receive": receive,
+    "journals": journals,
     "inspect": inspect,
     "verify": verify,
     "demo": demo,

@@ -18,16 +18,19 @@ from rich.text import Text
 
 from tuimig.core.errors import Obstacle
 from tuimig.core.host import Probe
+from tuimig.core.journals import Kept
 from tuimig.core.manifest import Manifest
 from tuimig.core.model import PAGE, Event, Faults, Note, Phase, Plan, Report, Treatment
 from tuimig.core.model import Progress as Counters
-from tuimig.words import duration, rounds, safe, size
+from tuimig.words import age, cut, duration, rounds, safe, size
 
 if TYPE_CHECKING:
     from tuimig.replay import Row
 
 WIDTH_WITHOUT_TERMINAL = 240
-NEVER_WRAPPED = frozenset({"ADDRESS", "PERMS", "KIND", "TREATMENT", "OBSTACLE", "FEATURE"})
+NEVER_WRAPPED = frozenset(
+    {"ADDRESS", "PERMS", "KIND", "TREATMENT", "OBSTACLE", "FEATURE", "SESSION", "ROLE", "PROCESS", "STATE"}
+)
 MOST_CELL = 96  # characters of a value that stands for a longer one
 
 STYLES = {
@@ -137,6 +140,27 @@ def obstacles(pid: int, found: Sequence[Obstacle]) -> None:
     lines = [("asks" if o.asks else "no", o.name, o.where, o.why, o.cure) for o in found]
     console.print()
     _show(console, f"Process {pid}", ("", "OBSTACLE", "WHERE", "WHY", "CURE"), lines)
+
+
+def journals(found: Sequence[Kept]) -> None:
+    columns = ("SESSION", "ROLE", "PROCESS", "STATE", "DESTINATION", "AGE", "COMMAND")
+    lines = [
+        (
+            one.session,
+            one.role,
+            f"{one.pid or '?'} {one.process}",
+            one.state,
+            one.destination,
+            age(one.age_s),
+            cut(one.command, 40),
+        )
+        for one in found
+    ]
+    console = _console()
+    _show(console, "", columns, lines, right=("AGE",))
+    console.print()
+    for one in found:
+        console.print(Text(safe(f"{one.session} ({one.role}): {one.todo}")))
 
 
 # ---------------------------------------------------------------- a snapshot

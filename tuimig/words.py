@@ -41,6 +41,14 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 60 else f"{int(value) // 60}:{int(value) % 60:02d}"
 
 
+def age(value: float) -> str:
+    """How long ago: `12 s`, `5 min`, `3 h`, `8 days`."""
+    for most, unit, length in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if value < most:
+            return f"{value // length:.0f} {unit}"
+    return f"{value // 86_400:.0f} days"
+
+
 def count(value: int) -> str:
     """`12,345`; from a million on three digits: `1.23M`."""
     return f"{value:,}" if value < 1_000_000 else f"{value / 1e6:.3g}M" if value < 1e9 else f"{value / 1e9:.3g}G"

@@ -10,7 +10,7 @@ from tuimig import arguments
 from tuimig.core.errors import UsageError
 from tuimig.core.model import PortMap, Treatment
 
-VERBS = ["ps", "maps", "check", "snapshot", "restore", "clone", "inspect", "verify", "demo"]
+VERBS = ["ps", "maps", "check", "snapshot", "restore", "clone", "journals", "inspect", "verify", "demo"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

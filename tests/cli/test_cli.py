@@ -186,6 +186,21 @@ def test_no_snapshot_there(tmp_path: Path) -> None:
         assert done.returncode == 1, done.stderr
 
 
+def test_journals(tmp_path: Path) -> None:
+    place = tmp_path / "tuimig"
+    place.mkdir(mode=0o700)
+    kept = place / "move-0123456789ab-destination.json"
+    kept.write_text('{"state": "running", "comm": "redis"}\n')
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    rows = [row for row in json.loads(run("journals", "--json", env=env).stdout) if row["path"] == str(kept)]
+    assert [(row["session"], row["state"], row["command"]) for row in rows] == [("0123456789ab", "running", "redis")]
+    shown = run("journals", env=env).stdout
+    assert "0123456789ab (destination): the copy ran without all its pages" in shown
+    assert run("journals", "--yes", env=env).returncode == 2
+    assert run("journals", "--clear", "0123456789ab", env=env).stdout == f"removed {kept}\n"
+    assert run("journals", "--clear", "0123456789ab", env=env).returncode == 2
+
+
 # ---------------------------------------------------------------- with a session of our own
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness.command import start
+from harness.command import start, tuimig
 from harness.destinations import Listening
 from harness.pictures import undisturbed
 from harness.progress import sound
@@ -279,6 +279,18 @@ def copy_of(target: Target) -> list[psutil.Process]:
     return found
 
 
+def left_in_doubt(pid: int, journal: Path, env: dict[str, str]) -> None:
+    """What the command says of a source that a move has left stopped."""
+    rows = {row["path"]: row for row in tuimig("journals", env=env).report}
+    row = rows[str(journal)]
+    assert (row["state"], row["pid"], row["process"], row["moving"]) == ("doubt", pid, "stopped", False)
+    assert f"kill -CONT {pid}" in row["todo"]
+    found = {one["name"]: one for one in tuimig("check", pid, env=env, expect=None).report["obstacles"]}
+    assert str(journal) in found["move-in-doubt"]["where"]
+    assert "--yes" in tuimig("journals", "--clear", row["session"], env=env, expect=2).stderr
+    assert journal.exists()
+
+
 @pytest.mark.slow
 @HOW_MANY
 @pytest.mark.parametrize("verb", ["clone", "move"])
@@ -305,6 +317,7 @@ def test_a_line_that_is_gone_for_good(
             journals = list(listening.runtime.glob("tuimig/*source.json"))
             assert journals, name
             assert str(journals[0]) in words
+            left_in_doubt(target.pid, journals[0], listening.env)
             target.signal(signal.SIGCONT)
         else:
             undisturbed(target.pid)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Final
 
-from tuimig.core import procfs
+from tuimig.core import journals, procfs
 from tuimig.core.errors import Obstacle, PrivilegeError, TargetGone, Unsupported
 from tuimig.core.host import Probe, probe_host
 from tuimig.core.model import Kind, Options, Region
@@ -43,6 +43,7 @@ def check_look(look: Look) -> list[Obstacle]:
 
     found = [
         *_cannot_be_looked_at(look.pid),
+        *_moved(look),
         *_tracing(look),
         *_sharing(look),
         *_regions(look),
@@ -96,6 +97,18 @@ def _cannot_be_looked_at(pid: int) -> list[Obstacle]:
 
 
 # ---------------------------------------------------------------- the process
+
+
+def _moved(look: Look) -> Iterator[Obstacle]:
+    """Stopped by a move that failed after its hand-over: its copy may have run, or run now."""
+    if look.status.get("State", "").startswith("T") and (left := journals.stops(look.pid)) is not None:
+        yield Obstacle(
+            "move-in-doubt",
+            f"journal {left.path}",
+            f"a move to {left.destination} has left it stopped, its journal says {left.state}",
+            f"What to do: {left.todo}",
+            asks=True,
+        )
 
 
 def _tracing(look: Look) -> Iterator[Obstacle]:

@@ -7,26 +7,34 @@ names it. docs/moving.md says what to do in each case.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import stat
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tuimig.core.errors import PrivilegeError
+
+MOST_COMMAND: Final = 400  # characters of a command line
+
+
+def places() -> list[Path]:
+    """Where such files may be, the one for new ones first: a login and a service need not have the same."""
+    found = []
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and Path(base).is_dir():
+        found.append(Path(base) / "tuimig")
+    if os.geteuid() == 0 and os.access("/run", os.W_OK):
+        found.append(Path("/run/tuimig"))
+    return [*found, Path(tempfile.gettempdir()) / f"tuimig-{os.geteuid()}"]
 
 
 def directory() -> Path:
     """Where sessions keep what outlives them for a while: XDG_RUNTIME_DIR, or /run, else the temporary directory."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and Path(base).is_dir():
-        path = Path(base) / "tuimig"
-    elif os.geteuid() == 0 and os.access("/run", os.W_OK):
-        path = Path("/run/tuimig")
-    else:
-        path = Path(tempfile.gettempdir()) / f"tuimig-{os.geteuid()}"
+    path = places()[0]
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         status = path.lstat()
@@ -60,6 +68,8 @@ class Journal:
         if self._fd < 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(self.path, flags, 0o600)
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the move runs
         line = {"state": state, "time": time.time(), **self._about, **more}
         os.write(self._fd, json.dumps(line).encode() + b"\n")
         os.fsync(self._fd)

@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from tuimig import __version__
-from tuimig.core import destination, hello, wire
+from tuimig.core import destination, hello, procfs, wire
 from tuimig.core.control import SILENCE_S, Control, Inbox, Lost
 from tuimig.core.destination import Copy
 from tuimig.core.door import Caller, Door
@@ -182,6 +182,9 @@ class Receiver:
             warnings=list(copy.warnings)[:1000],
         )
         self._send(attempt.running)
+        if self._journal:
+            with contextlib.suppress(TuimigError, OSError):  # it may have ended already
+                self._journal.write("running", pid=copy.pid, started=procfs.start_time(copy.pid))
         try:
             self._fill(attempt, copy)
         except BaseException:

@@ -28,7 +28,7 @@ from tuimig.core.errors import (
     TuimigError,
     UsageError,
 )
-from tuimig.core.journal import Journal
+from tuimig.core.journal import MOST_COMMAND, Journal
 from tuimig.core.manifest import Manifest
 from tuimig.core.model import (
     RECORD,
@@ -261,9 +261,9 @@ class _Relay(Relay):
         if self.hold:
             process = manifest.process
             started = self._look.identity.started
-            self._journal = Journal(
-                self._peer.session, "source", pid=process.host_pid, started=started, to=self._peer.to.text
-            )
+            command = (" ".join(process.cmdline) or process.comm)[:MOST_COMMAND]
+            about = {"pid": process.host_pid, "started": started, "to": self._peer.to.text, "command": command}
+            self._journal = Journal(self._peer.session, "source", **about)
             self._journal.write("frozen")
         if self._early is None:
             self._peer.give_streams(self._sender)
