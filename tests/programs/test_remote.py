@@ -237,6 +237,22 @@ def test_over_ssh_between_two_namespaces(
     assert list(hosts.runtime.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_over_ssh_where_there_is_no_tuimig(hosts: network.Network, place: Path, quiet: Path) -> None:
+    near: dict[str, Any] = {"before": hosts.within(hosts.near), "env": hosts.environment(quiet)}
+    null = subprocess.DEVNULL
+    with subprocess.Popen(["sleep", "60"], stdin=null, stdout=null, stderr=null) as sleeper:
+        try:
+            words = ("clone", sleeper.pid, hosts.destination, "--remote-command", "/nowhere/tuimig")
+            done = tuimig(*words, expect=1, **near)
+            assert "no connection could be made: " in done.stderr
+            assert "say where it is: --remote-command" in done.stderr
+            done = tuimig("clone", sleeper.pid, "ssh://127.0.0.1:1", expect=1, **near)
+            assert "Connection refused. Start sshd there" in done.stderr
+        finally:
+            sleeper.kill()
+
+
 def test_all_that_stands_in_the_way_is_said_at_once(
     server: redis.Redis, listening: Listening, quiet: Path, place: Path
 ) -> None:

@@ -24,6 +24,7 @@ ANSWER_S: Final = 60.0  # for a first answer: a person may have to type a passwo
 REJOIN_S: Final = 20.0  # for the answer of one attempt to connect again: the next one may fare better
 CLOCK_TRIPS: Final = 5
 GLANCE_S: Final = 0.02  # between two looks at streams that are to join
+NOT_MADE: Final = "no connection could be made"
 AGAIN_S: Final = 1.0  # between two attempts to connect again
 
 M = TypeVar("M", bound=wire.Message)
@@ -40,6 +41,7 @@ class Peer:
         self._session = secrets.token_hex(32)
         self._control: Control | None = None
         self._control_link: Link | None = None
+        self._answered = False  # over this control connection
         self._streams: list[tuple[int, Link]] = []  # ready to be given to a sender
         self._used: list[Link] = []
         self._kept: deque[wire.Message] = deque()  # came while something else was waited for
@@ -90,7 +92,7 @@ class Peer:
         def one(kind: tuple[str, int]) -> tuple[int, Link]:
             link = connect(self.to, self._options.remote_command, urgent=kind[1] == DEMAND)
             try:
-                _send_all(link, self._opened(kind[0], epoch, first=False))
+                _send_all(link, self._opened(kind[0], epoch, first=False), self.to.text)
             except BaseException:
                 link.close()
                 raise
@@ -120,7 +122,7 @@ class Peer:
             poll.register(fd, select.POLLIN)
         while time.monotonic() < until:
             for fd, _ in poll.poll(0):
-                raise ConnectionLost(links[fd].why() or "a page stream was lost", subject=self.to.text)
+                raise links[fd].failure("a page stream was not made", self.to.text)
             message = self._next(GLANCE_S)
             if isinstance(message, wire.Joined):
                 if message.epoch == epoch and message.streams >= len(links):
@@ -158,13 +160,14 @@ class Peer:
     def _connect_control(self, *, first: bool) -> None:
         link = connect(self.to, self._options.remote_command, urgent=True)
         try:
-            _send_all(link, self._opened("control", 0, first=first))
+            _send_all(link, self._opened("control", 0, first=first), self.to.text)
             fd = link.take()
             self._control = Control(fd, os.dup(fd), self.inbox, large=False)
         except BaseException:
             link.close()
             raise
         self._control_link = link
+        self._answered = False
 
     def _opened(self, kind: str, epoch: int, *, first: bool) -> wire.Open:
         return wire.Open(session=self._session, kind=kind, first=first, epoch=epoch, tuimig=__version__)
@@ -194,8 +197,12 @@ class Peer:
             if item.control is self._control:
                 raise self._explained(item.error)
             return None
-        control, message = item
-        return message if control is self._control else None
+        control: Control = item[0]
+        message: wire.Message = item[1]
+        if control is not self._control:
+            return None
+        self._answered = True
+        return message
 
     def wait_for(self, kind: type[M], timeout_s: float) -> M:
         """A message of this kind; a Failed in its place is raised."""
@@ -209,14 +216,16 @@ class Peer:
         raise ConnectionLost("the destination does not answer", subject=self.to.text)
 
     def _explained(self, error: TuimigError) -> TuimigError:
-        """With what the ssh client or the remote shell said."""
-        why = self._control_link.why() if self._control_link is not None else ""
-        if why and isinstance(error, ConnectionLost):
-            return ConnectionLost(
-                f"{error.what}: {why}", subject=self.to.text, syscall=error.syscall, errno=error.errno
-            )
+        """With what the ssh client or the remote shell said. What never answered was no connection."""
+        link = self._control_link
         error.subject = error.subject or self.to.text
-        return error
+        if link is None or not isinstance(error, ConnectionLost):
+            return error
+        if not self._answered:
+            return link.failure(NOT_MADE if self.to.kind == "ssh" else f"{NOT_MADE} ({error.what})", self.to.text)
+        explained = link.failure(error.what, self.to.text)
+        explained.syscall, explained.errno, explained.cure = error.syscall, error.errno, error.cure
+        return explained
 
     def close_control(self) -> None:
         self._kept.clear()
@@ -232,13 +241,13 @@ class Peer:
         self.drop_streams()
 
 
-def _send_all(link: Link, message: wire.Message) -> None:
+def _send_all(link: Link, message: wire.Message, where: str) -> None:
     data = memoryview(wire.frame(message))
     try:
         while data:
             data = data[os.write(link.fileno(), data) :]
-    except OSError as error:
-        raise ConnectionLost(link.why() or "the connection was lost", syscall="write", errno=error.errno or 0) from None
+    except OSError:
+        raise link.failure(NOT_MADE, where) from None
 
 
 def error_of(trouble: wire.Trouble, where: str) -> TuimigError:

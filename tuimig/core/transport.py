@@ -15,9 +15,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tuimig.core import sshwords
 from tuimig.core.errors import ConnectionLost, PrivilegeError, TuimigError, UsageError
 
 UCRED: Final = struct.Struct("=iII")
@@ -58,10 +60,18 @@ def parse(text: str) -> Destination:
 class Link:
     """One connection. `take` gives the descriptors away; what must end with them ends in `close`."""
 
-    def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes] | None, words: Any) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        process: subprocess.Popen[bytes] | None = None,
+        words: Any = None,
+        cure: Callable[[str, int | None], str] | None = None,
+    ) -> None:
+        """`cure`: what helps, by what was said and by the exit code."""
         self._sock = sock
         self._process = process
         self._words = words
+        self._cure = cure
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -81,6 +91,13 @@ class Link:
         lines = [line for line in self._words.read(65536).decode("utf-8", "replace").splitlines() if line.strip()]
         return lines[-1].strip()[:400] if lines else ""
 
+    def failure(self, what: str, subject: str = "") -> ConnectionLost:
+        """`what` happened to it, with what was said of it, and what helps."""
+        said = self.why()
+        code = self._process.returncode if self._process is not None else None
+        helps = self._cure(said, code) if self._cure is not None and (said or code) else ""
+        return ConnectionLost(f"{what}: {said}" if said else what, subject=subject, cure=helps)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -99,15 +116,17 @@ class Link:
 def connect(to: Destination, remote_command: str, *, urgent: bool = False) -> Link:
     """A new connection. ConnectionLost where there is none to be had. `urgent`: small and quick, not bulk."""
     if to.kind == "unix":
-        return Link(_unix(to.path), None, None)
+        return Link(_unix(to.path))
     if to.kind == "local":
         return _start([sys.executable, "-m", "tuimig.cli", "receive", "--stdio"])
     command = ["ssh", "-T", "-o", "ClearAllForwardings=yes", "-o", f"IPQoS={'ef' if urgent else 'cs1'}"]
-    if to.port:
-        command += ["-p", str(to.port)]
-    if to.user:
-        command += ["-l", to.user]
-    return _start([*command, "--", to.host, f"{remote_command} receive --stdio"])
+    where = ["-p", str(to.port)] if to.port else []
+    where += ["-l", to.user] if to.user else []
+    by_hand = shlex.join([*where, to.host])
+    return _start(
+        [*command, *where, "--", to.host, f"{remote_command} receive --stdio"],
+        lambda said, code: sshwords.cure(said, code, by_hand, remote_command),
+    )
 
 
 def _unix(path: str) -> socket.socket:
@@ -154,7 +173,7 @@ def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _start(command: list[str]) -> Link:
+def _start(command: list[str], cure: Callable[[str, int | None], str] | None = None) -> Link:
     ours, theirs = socket.socketpair()
     words: Any = tempfile.TemporaryFile()  # noqa: SIM115  closed with the link
     try:
@@ -179,7 +198,7 @@ def _start(command: list[str]) -> Link:
         ) from None
     finally:
         theirs.close()
-    return Link(ours, process, words)
+    return Link(ours, process, words, cure)
 
 
 def check_command(text: str) -> str:
