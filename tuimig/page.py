@@ -11,7 +11,7 @@ from tuimig import charts
 from tuimig.core.model import FaultKind, Report
 from tuimig.core.record import Header
 from tuimig.core.summary import SIDES, Summary
-from tuimig.words import duration, safe, size
+from tuimig.words import duration, safe, size, until_running
 
 
 def page(summary: Summary, header: Header) -> str:
@@ -45,7 +45,7 @@ def _list(sentences: Sequence[str]) -> str:
 def _totals(report: Report) -> str:
     facts = [
         ("frozen", None if report.frozen_us is None else duration(report.frozen_us)),
-        ("downtime", None if report.downtime_us is None else duration(report.downtime_us)),
+        (until_running(report), None if report.downtime_us is None else duration(report.downtime_us)),
         ("filled after", None if report.fill_us is None else duration(report.fill_us)),
         ("in all", duration(report.total_us)),
         ("content", size(report.bytes)),

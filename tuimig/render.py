@@ -22,7 +22,7 @@ from tuimig.core.journals import Kept
 from tuimig.core.manifest import Manifest
 from tuimig.core.model import PAGE, Event, Faults, Note, Phase, Plan, Report, Treatment
 from tuimig.core.model import Progress as Counters
-from tuimig.words import age, cut, duration, rounds, safe, size
+from tuimig.words import age, cut, duration, each_round, rounds, safe, size, streams, until_running
 
 if TYPE_CHECKING:
     from tuimig.replay import Row
@@ -31,6 +31,7 @@ WIDTH_WITHOUT_TERMINAL = 240
 NEVER_WRAPPED = frozenset(
     {"ADDRESS", "PERMS", "KIND", "TREATMENT", "OBSTACLE", "FEATURE", "SESSION", "ROLE", "PROCESS", "STATE"}
 )
+RENAMED = {"downtime_us": "runs after"}  # of fields: the source of a clone stands still for a part of it only
 MOST_CELL = 96  # characters of a value that stands for a longer one
 
 STYLES = {
@@ -280,7 +281,7 @@ def report(shown: Report, ended: str = "done") -> None:
         lines.append(("guard", f"{shown.guard}, {shown.attempts} attempt(s), {shown.guard_stops} stops"))
         lines.append(("swept", f"{shown.swept_pages} pages"))
     if shown.precopy is not None:
-        lines.append(("pre-copy", rounds(shown.precopy)))
+        lines += [("pre-copy", rounds(shown.precopy)), *each_round(shown.precopy)]
     lines.append(("faults", f"{shown.wp_faults} write-protect, {shown.demand_faults} on demand"))
     if shown.wp_faults or shown.demand_faults:
         times = shown.fault_us
@@ -292,14 +293,15 @@ def report(shown: Report, ended: str = "done") -> None:
         sent = size(shown.bytes_sent or 0)
         early = f", {size(shown.precopy_sent)} of it before T0" if shown.precopy_sent else ""
         packed = f", {size(shown.unpacked_bytes)} packed to {size(shown.packed_bytes)}" if shown.packed_bytes else ""
-        lines.append(("sent", f"{sent} over {len(shown.stream_bytes)} streams{early}{packed}"))
+        lines.append(("sent", f"{sent} over {streams(shown.stream_bytes)}{early}{packed}"))
         if shown.round_trip_us is not None and shown.round_trip_us.max:
             trip = shown.round_trip_us
             lines.append(("round trips", f"p50 {trip.p50:.1f} us, p99 {trip.p99:.1f} us, most {trip.max:.1f} us"))
     if shown.new_pid is not None:
         inside = f" ({shown.inner_pid} in its PID namespace)" if shown.inner_pid not in (None, shown.new_pid) else ""
         lines.append(("the copy", f"process {shown.new_pid}{inside}"))
-    for name, value in (("downtime", shown.downtime_us), ("filled after", shown.fill_us), ("in all", shown.total_us)):
+    times_us = ((until_running(shown), shown.downtime_us), ("filled after", shown.fill_us), ("in all", shown.total_us))
+    for name, value in times_us:
         if value is not None:
             lines.append((name, duration(value)))
     if shown.directory is not None:
@@ -316,7 +318,7 @@ def comparison(first: str, second: str, rows: Sequence[Row]) -> None:
     group = ""
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        name = row.name.removesuffix("_us").replace("_", " ")
+        name = RENAMED.get(row.name) or row.name.removesuffix("_us").replace("_", " ")
         shown = "" if row.group == group else row.group
         lines.append((shown, name, _figure(row.first, row.unit), _figure(row.second, row.unit), ratio))
         group = row.group

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tuimig.core.model import Precopy
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from tuimig.core.model import Precopy, Report, Round
+
+FIRST_ROUNDS: Final = 3  # that are told one by one; of many, these and the last ones
+LAST_ROUNDS: Final = 6
 
 
 def size(count: int | float) -> str:
@@ -80,3 +86,32 @@ def rounds(of: Precopy) -> str:
     if not of.rounds:
         return f"none: {of.why}"
     return f"{plural(len(of.rounds), 'round')}, ended in the {of.ended}: {of.why}"
+
+
+def each_round(of: Precopy) -> Iterator[tuple[str, str]]:
+    """A line a round, by its number; of many the first and the last ones."""
+    left_out = len(of.rounds) - FIRST_ROUNDS - LAST_ROUNDS
+    for at, one in enumerate(of.rounds):
+        if left_out > 1 and at == FIRST_ROUNDS:
+            yield "...", f"{count(left_out)} more"
+        if left_out <= 1 or not FIRST_ROUNDS <= at < FIRST_ROUNDS + left_out:
+            yield f"round {one.number}", _round(one)
+
+
+def _round(one: Round) -> str:
+    """`copied 120 of 150 dirty pages, 12,000 dirtied/s, took 3 ms`."""
+    kind = "dirty pages" if one.number else "pages"
+    rate = f", {count(round(one.dirty_per_second))} dirtied/s" if one.number else ""
+    return (
+        f"copied {count(one.copied_pages)} of {count(one.dirty_pages)} {kind}{rate}, took {duration(one.duration_us)}"
+    )
+
+
+def streams(stream_bytes: Sequence[int]) -> str:
+    """`2 streams and one for demands`: the first one is never for pages in the background."""
+    return f"{plural(max(0, len(stream_bytes) - 1), 'stream')} and one for demands"
+
+
+def until_running(of: Report) -> str:
+    """What the time until the copy runs is called: only a move's source stands still that long."""
+    return "downtime" if of.verb == "move" else "runs after"

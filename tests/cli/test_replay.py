@@ -102,7 +102,7 @@ def test_two_side_by_side(place: Path) -> None:
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert "totals total 90 ms 94 ms 1.04" in lines
     assert "capture 68 ms 68 ms 1.00" in lines
-    assert "downtime 50 ms -" in lines
+    assert "runs after 50 ms -" in lines
     rows = json.loads(run("replay", one, two, "--json").stdout)
     phases = {row["name"]: (row["first"], row["second"]) for row in rows if row["group"] == "phase"}
     assert phases["capture"] == (68_000, 68_000)

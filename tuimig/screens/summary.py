@@ -21,7 +21,7 @@ from tuimig.output import document
 from tuimig.run import Run
 from tuimig.screens.confirm import Ask, Confirm
 from tuimig.screens.page import Page
-from tuimig.words import count, duration, plural, rounds, safe, size
+from tuimig.words import count, duration, plural, rounds, safe, size, streams
 
 BAR = 30
 
@@ -189,8 +189,7 @@ def figure_lines(report: Report) -> list[tuple[str, str]]:
         lines.append(("fault service", f"p50 {times.p50:g} us, p99 {times.p99:g} us, most {times.max:g} us"))
     if report.destination is not None:
         early = f", {size(report.precopy_sent)} of it before T0" if report.precopy_sent else ""
-        streams = plural(len(report.stream_bytes), "stream")
-        lines.append(("sent", f"{size(report.bytes_sent or 0)} over {streams}{early}"))
+        lines.append(("sent", f"{size(report.bytes_sent or 0)} over {streams(report.stream_bytes)}{early}"))
         if report.round_trip_us is not None and report.round_trip_us.max:
             trip = report.round_trip_us
             lines.append(("round trips", f"p50 {trip.p50:g} us, p99 {trip.p99:g} us, most {trip.max:g} us"))
