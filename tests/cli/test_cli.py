@@ -186,6 +186,38 @@ def test_no_snapshot_there(tmp_path: Path) -> None:
         assert done.returncode == 1, done.stderr
 
 
+def test_a_receiver_says_when_it_is_ready(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tuimig.cli", "receive", "--listen", f"unix:{tmp_path}/sock"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stderr is not None
+    assert process.stderr.readline() == f"tuimig receive: ready, on unix:{tmp_path}/sock\n"
+    taken = run("receive", "--listen", f"unix:{tmp_path}/sock")
+    assert taken.returncode == 2
+    assert "Remove it if it is a socket that nobody listens on any more" in taken.stderr
+    process.terminate()
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 143
+    assert not (tmp_path / "sock").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "cure"),
+    [
+        ("missing/sock", "Make its directory first"),
+        ("file/sock", "is no directory"),
+        ("x" * 200, "Name a shorter path"),
+        (".", "or name another path"),
+    ],
+)
+def test_a_place_where_nobody_can_listen(tmp_path: Path, path: str, cure: str) -> None:
+    (tmp_path / "file").touch()
+    done = run("receive", "--listen", f"unix:{tmp_path}/{path}")
+    assert done.returncode == 2
+    assert "cannot listen there: " in done.stderr
+    assert cure in done.stderr
+    assert "None" not in done.stderr
+
+
 def test_journals(tmp_path: Path) -> None:
     place = tmp_path / "tuimig"
     place.mkdir(mode=0o700)

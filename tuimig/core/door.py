@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -27,6 +28,13 @@ from tuimig.core.transport import enlarge, peer_uid
 
 OPEN_S: Final = 30.0
 MOST_SESSIONS: Final = 64
+_CURES: Final = {  # of a path where nobody can listen
+    errno.EADDRINUSE: "Remove it if it is a socket that nobody listens on any more, or name another path",
+    errno.ENOENT: "Make its directory first, or name another path",
+    errno.ENOTDIR: "A part of the path is no directory: name another one",
+    errno.EACCES: "Name a path in a directory that you may write to",
+    0: "Name a shorter path",  # Python itself finds it too long
+}
 GONE: Final = "the session is not there any more"
 
 
@@ -202,9 +210,9 @@ class Listener:
         except OSError as error:
             self._sock.close()
             raise UsageError(
-                f"cannot listen there: {error.strerror}",
+                f"cannot listen there: {error.strerror or error}",
                 subject=f"unix:{path}",
-                cure="Remove it if nobody listens there any more, or name another path",
+                cure=_CURES.get(error.errno or 0, "Name another path"),
             ) from None
         finally:
             os.umask(before)
@@ -214,6 +222,7 @@ class Listener:
 
     def run(self, notify: Callable[[str], None]) -> int:
         """Until cancelled; the number of connections."""
+        notify(f"ready, on unix:{self._path}")
         count = 0
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
