@@ -59,6 +59,8 @@ class Backend(Protocol):
 
     def unfit(self, directory: Path) -> str: ...
 
+    def unfit_file(self, file: Path) -> str: ...
+
     def start(self, job: Job) -> Feed: ...
 
     def rates(self) -> Rates: ...
@@ -146,6 +148,12 @@ class LiveBackend:
         if directory.exists():
             return "is there already, and not empty"
         return "" if directory.absolute().parent.is_dir() else "its parent does not exist"
+
+    def unfit_file(self, file: Path) -> str:
+        """Why a copy cannot write there, as far as can be told before."""
+        if file.is_dir():
+            return "is a directory"
+        return "" if file.parent.is_dir() else "its directory does not exist"
 
     def start(self, job: Job) -> Feed:
         return LiveSession(job, self._state / "tuimig.log")

@@ -14,6 +14,7 @@ from tuimig.core.model import Options
 from tuimig.core.policy import format_size, parse_size
 
 MOST_STREAMS: Final = 16
+COMPRESSIONS: Final = ("none", "lz4", "zstd")
 MOST_RECONNECT_S: Final = 86_400.0
 _FIELDS: Final = {  # the option's name in the namespace, and that of its value in Options
     "remote_command": "remote_command",
@@ -29,7 +30,7 @@ def add(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("the connection to another host")
     group.add_argument("--remote-command", metavar="CMD", help="what ssh runs (default tuimig)")
     group.add_argument("--streams", metavar="N", type=int, help="connections for pages (default 1)")
-    group.add_argument("--compress", choices=["none", "lz4", "zstd"], help="of pages on the way (default none)")
+    group.add_argument("--compress", choices=COMPRESSIONS, help="of pages on the way (default none)")
     group.add_argument(
         "--bandwidth",
         metavar="SIZE",

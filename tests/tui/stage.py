@@ -200,6 +200,9 @@ class Stage:
     def unfit(self, directory: Path) -> str:
         return "is there already" if directory.exists() else ""
 
+    def unfit_file(self, file: Path) -> str:
+        return "is a directory" if file.is_dir() else ""
+
     def save_tape(self, file: Path, tape: Tape) -> None:
         tape.save(file)
 

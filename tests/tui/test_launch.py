@@ -230,6 +230,164 @@ def test_every_option_reaches_the_job() -> None:
     drive(app, act)
 
 
+async def to_elsewhere(pilot: Pilot[Any], to: str, *before: str) -> None:
+    await pilot.press("L", *(before or ("right", "right")))
+    pilot.app.screen.query_one("#to", Input).value = to
+    await pilot.pause()
+
+
+def shown(app: Any) -> set[str]:
+    """The labels of the form."""
+    return {line.split()[0] for line in screen_text(app).splitlines() if line.strip()}
+
+
+def test_the_connection_to_elsewhere() -> None:
+    stage, app = staged()
+    labels = {"Streams", "Bandwidth", "Compress", "Command"}
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await to_elsewhere(pilot, "")
+        assert not labels & shown(app)
+        for to, there in (("ssh://far", labels), ("unix:/run/x", labels - {"Command"})):
+            app.screen.query_one("#to", Input).value = to
+            await pilot.pause()
+            assert labels & shown(app) == there
+        assert app.screen.job().options.remote_command == "tuimig"
+        app.screen.query_one("#to", Input).value = "ssh://far"
+        for name, value in (("streams", "3"), ("bandwidth", "50MiB"), ("command", "sudo tuimig")):
+            app.screen.query_one(f"#{name}", Input).value = value
+        app.screen.query_one("#compress", Choice).value = "lz4"
+        await pilot.press("f5", "enter")
+        options = stage.jobs[0].options
+        assert (options.streams, options.bandwidth, options.compress) == (3, 50 << 20, "lz4")
+        assert options.remote_command == "sudo tuimig"
+
+    drive(app, act)
+
+
+def test_a_clone_here_has_no_connection() -> None:
+    stage, app = staged()
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await to_elsewhere(pilot, "ssh://far")
+        app.screen.query_one("#streams", Input).value = "x"
+        app.screen.query_one("#what", Choice).value = "clone here"
+        await pilot.pause()
+        await pilot.press("f5", "enter")
+        assert stage.jobs[0].options == Options(map_ports=(PortMap(6379, 16379),), started=47110)
+
+    drive(app, act)
+
+
+def test_what_is_wrong_with_a_connection() -> None:
+    _, app = staged()
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await to_elsewhere(pilot, "ssh://far")
+        for name, values, said in (
+            ("streams", ("0", "17", "x", ""), "1 to 16"),
+            ("bandwidth", ("fast", "-1"), "write it like 50MiB"),
+            ("command", ("", "'"), "not a command"),
+        ):
+            field = app.screen.query_one(f"#{name}", Input)
+            kept = field.value
+            for value in values:
+                field.value = value
+                await pilot.pause()
+                assert said in screen_text(app), (name, value)
+                assert app.screen.query_one("#launch", Button).disabled
+            field.value = kept
+        await pilot.pause()
+        assert not app.screen.query_one("#launch", Button).disabled
+
+    drive(app, act)
+
+
+def test_what_stdio_can_be(place: Path) -> None:
+    _, app = staged()
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await pilot.press("L")
+        stdio = app.screen.query_one("#stdio", Input)
+        for value, said in (("", "null, or a file"), ("out", "null, or a file"), ("inherit", "null, or a file")):
+            stdio.value = value
+            await pilot.pause()
+            assert said in screen_text(app), value
+        stdio.value = str(place)
+        await pilot.pause()
+        assert "is a directory" in screen_text(app)
+        stdio.value = "~/out"
+        await pilot.pause()
+        assert app.screen.job().options.stdio == str(Path.home() / "out")
+        await to_elsewhere_here(pilot)
+        assert "null, or a file" in screen_text(app)  # whose home it would be is not known
+        stdio.value = str(place)
+        await pilot.pause()
+        assert not app.screen.query_one("#launch", Button).disabled  # there it may be a file
+
+    async def to_elsewhere_here(pilot: Pilot[Any]) -> None:
+        app.screen.query_one("#what", Choice).value = "clone to"
+        app.screen.query_one("#to", Input).value = "ssh://far"
+        await pilot.pause()
+
+    drive(app, act)
+
+
+def test_the_sentence_has_pre_copy() -> None:
+    _, app = staged()
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await pilot.press("L")
+        first = "Its memory is copied in rounds first, while it runs. Then process 4711"
+        assert first in words(app)
+        app.screen.query_one("#precopy", Choice).value = "off"
+        await pilot.pause()
+        assert "rounds" not in words(app)
+        assert "are captured" in words(app)
+        app.screen.query_one("#precopy", Choice).value = "auto"
+        app.screen.query_one("#what", Choice).value = "move to"
+        app.screen.query_one("#to", Input).value = "unix:/run/there"
+        await pilot.pause()
+        assert f"{first} (redis-server) stops, goes on at unix:/run/there" in words(app)
+
+    drive(app, act)
+
+
+def test_the_whole_form_is_within_reach_of_a_small_terminal() -> None:
+    """More fields than lines: the one that has the focus is always seen, and so are the sentence and the buttons."""
+    stage, app = staged()
+    stage.in_the_way[4711] = [Obstacle("children", "process 9", "only the process is copied", "Accept", asks=True)]
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await to_elsewhere(pilot, "ssh://far")
+        seen = set()
+        app.screen.query_one("#what").focus()
+        while not app.screen.query_one("#launch").has_focus:
+            await pilot.pause()
+            focused = app.focused
+            assert focused is not None
+            assert app.screen.find_widget(focused).visible_region.area, focused.id
+            seen.add(focused.id)
+            assert "Launch" in screen_text(app)
+            await pilot.press("down")
+        assert {"to", "streams", "bandwidth", "compress", "command", "ports", "stdio", "step", "accept"} <= seen
+
+    drive(app, act)
+
+
+def test_the_help_names_what_can_be_chosen() -> None:
+    _, app = staged()
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await pilot.press("L", "question_mark")
+        text = " ".join(str(Launch.about).split())
+        for word in ("clone here", "snapshot", "clone to", "move to", "Pre-copy:", "Guard:", "Stdio:", "Bandwidth"):
+            assert word in text
+        assert "clone to and move to bring it" in words(app)
+
+    drive(app, act)
+
+
 def test_the_command_line_says_the_same_as_the_job(place: Path) -> None:
     policy = Policy(
         4 << 20,

@@ -76,6 +76,13 @@ async def wrong_port(pilot: Pilot[Any]) -> None:
     await pilot.pause()
 
 
+async def to_elsewhere(pilot: Pilot[Any]) -> None:
+    await ready(pilot)
+    await pilot.press("L", "right", "right")
+    pilot.app.screen.query_one("#to", Input).value = "ssh://root@backup"
+    await pilot.pause()
+
+
 SCREENS: dict[str, tuple[Callable[[Stage], None], int | None, Act]] = {
     "processes": (plain, None, keys()),
     "processes-tree": (plain, None, keys("t")),
@@ -91,6 +98,7 @@ SCREENS: dict[str, tuple[Callable[[Stage], None], int | None, Act]] = {
     "check-process": (plain, None, keys("slash", *"node", "enter", "enter")),
     "launch": (plain, 4711, keys("L")),
     "launch-snapshot": (plain, 4711, keys("L", "right")),
+    "launch-to": (plain, 4711, to_elsewhere),
     "launch-error": (plain, 4711, wrong_port),
     "help": (plain, 4711, keys("question_mark")),
 }

@@ -13,7 +13,7 @@ from rich.text import Text
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.widget import Widget
-from textual.widgets import Button, Input, Label, Static
+from textual.widgets import Button, Input, Static
 
 from tuimig.arguments import parse_port
 from tuimig.backend import Port
@@ -25,8 +25,10 @@ from tuimig.core.policy import Policy
 from tuimig.core.rates import Rates
 from tuimig.screens.check import Check
 from tuimig.screens.confirm import Confirm
+from tuimig.screens.connection import ConnectionFields
 from tuimig.screens.page import Page, Target
 from tuimig.widgets.choice import Choice, Switch
+from tuimig.widgets.field import Field
 from tuimig.words import cut, duration, plural
 
 PORT_OFFSET: Final = 10000  # the first port tried for a copy: 6379 -> 16379
@@ -34,41 +36,19 @@ PORT_MOST: Final = 65535
 WHAT: Final = {"clone here": "clone", "snapshot": "snapshot", "clone to": "clone", "move to": "move"}
 
 
-class Field(Horizontal):
-    """A label, a widget, and below it what is wrong with what stands in it."""
-
-    DEFAULT_CSS = """
-    Field {
-        height: auto;
-        & > Label { width: 13; padding: 0 1; color: $text-muted; }
-        & > Input { width: 1fr; background: $surface; }
-        & > Input:focus { background: $panel; }
-        & > .wrong {
-            width: auto; max-width: 45%; color: $text-error; text-style: bold; display: none; padding-left: 1;
-        }
-        &.-wrong > .wrong { display: block; }
-        &.-hidden { display: none; }
-    }
-    """
-
-    def __init__(self, label: str, widget: Widget, *, id: str) -> None:
-        self._wrong = Static("", classes="wrong", markup=False)
-        super().__init__(Label(label), widget, self._wrong, id=id)
-
-    def wrong(self, what: str) -> None:
-        self._wrong.update(what)
-        self.set_class(bool(what), "-wrong")
-
-
 class Launch(Page):
     """A form; its defaults fit the process. `restore`: the job is to run a snapshot, and there is no source."""
 
     heading = "launch"
     about = """
-Choose what to do: a clone runs beside its source on this host, a snapshot is a directory that can be restored later.
-Tab moves on, arrows and Space change a choice. Ports: where the copy listens instead, so that it can live beside its
-source. Established connections are either refused, or closed in the copy. The sentence at the bottom says what will
-happen; nothing happens before Enter on the Launch button."""
+What: clone here runs a copy beside its source on this host, snapshot makes a directory that can be restored later.
+clone to and move to bring it to another place, over ssh or a unix socket where `tuimig receive --listen` runs; a move
+ends its source once all of it is there. Tab moves on, arrows and Space change a choice. Ports: where the copy listens
+instead. Connections: established ones are either refused, or closed in the copy. Stdio: null, or a file for what it
+writes. Pre-copy: memory is copied in rounds first, while the process runs, so that its stop is short. Guard: memory
+that the process frees while it is captured may be lost; auto finds that and repeats with its system calls watched, on
+watches them from the start, off never does. Streams, Bandwidth, Compress and Command are about the connection. The
+sentence at the bottom says what will happen; nothing happens before Enter on the Launch button."""
     DEFAULT_CSS = """
     Launch VerticalScroll { height: 1fr; padding: 1 0 0 0; scrollbar-size: 1 1; }
     Launch #sentence { height: auto; padding: 0 1; background: $surface; }
@@ -112,6 +92,7 @@ happen; nothing happens before Enter on the Launch button."""
             Field("Pre-copy", Choice(("auto", "off"), id="precopy"), id="f-precopy"),
             Field("Guard", Choice(("auto", "on", "off"), id="guard"), id="f-guard"),
             Field("Verify", Switch("hash all pages at T0 and compare (a longer freeze)", id="verify"), id="f-verify"),
+            ConnectionFields(),
         ]
         yield VerticalScroll(
             *([] if self._restore else with_source),
@@ -240,6 +221,7 @@ happen; nothing happens before Enter on the Launch button."""
         if not self._restore:
             self.query_one("#f-directory").set_class(copies, "-hidden")
             self.query_one("#f-to").set_class(not self.remote, "-hidden")
+            self.query_one(ConnectionFields).show(self._kind())
             self._propose_ports()
         wrong = self._wrong_fields()
         for field in self.query(Field):
@@ -255,11 +237,9 @@ happen; nothing happens before Enter on the Launch button."""
             if unfit:
                 wrong["f-directory"] = unfit
         if self.remote:
-            try:
-                if transport.parse(self._to()).is_local:
-                    wrong["f-to"] = "ssh://host or unix:/path"
-            except UsageError as error:
-                wrong["f-to"] = error.what
+            if not (kind := self._kind()):
+                wrong["f-to"] = "ssh://host or unix:/path"
+            wrong |= self.query_one(ConnectionFields).wrong(kind)
         if self.verb != "snapshot":
             try:
                 maps = self._maps()
@@ -272,8 +252,8 @@ happen; nothing happens before Enter on the Launch button."""
                         wrong["f-ports"] = "a port is there twice"
             except UsageError:
                 wrong["f-ports"] = "write it like 6379:16379"
-            if not self.query_one("#stdio", Input).value.strip():
-                wrong["f-stdio"] = "null or a file's path"
+            if unfit := self._unfit_stdio():
+                wrong["f-stdio"] = unfit
         return wrong
 
     def _propose_ports(self) -> None:
@@ -291,6 +271,27 @@ happen; nothing happens before Enter on the Launch button."""
     def _to(self) -> str:
         return self.query_one("#to", Input).value.strip() or "local"
 
+    def _kind(self) -> str:
+        """Of the destination elsewhere: ssh or unix; nothing where there is none yet."""
+        try:
+            found = transport.parse(self._to())
+        except UsageError:
+            return ""
+        return found.kind if self.remote and not found.is_local else ""
+
+    def _stdio(self) -> str:
+        """A path of this host may begin with the person's home."""
+        text = self.query_one("#stdio", Input).value.strip()
+        return text if self.remote else os.path.expanduser(text)
+
+    def _unfit_stdio(self) -> str:
+        text = self._stdio()
+        if text == "null":
+            return ""
+        if not text.startswith("/"):
+            return "null, or a file like /tmp/out"
+        return "" if self.remote else self.console_app.backend.unfit_file(Path(text))
+
     def _directory(self) -> str:
         return os.path.expanduser(self.query_one("#directory", Input).value.strip())
 
@@ -306,13 +307,15 @@ happen; nothing happens before Enter on the Launch button."""
         precopied = self.query_one("#precopy", Choice).value != "off"
         frozen = duration(self._rates.frozen_us(self._plan, precopied=precopied))
         protected = plural(sum(1 for d in self._plan.decisions if d.treatment.value == "protected"), "region")
-        text = Text(f"{who} stops for about {frozen}, then runs on while {protected} are captured. ")
+        first = "Its memory is copied in rounds first, while it runs. Then " if precopied else ""
+        captured = "" if precopied else f" while {protected} are captured"
+        text = Text(f"{first}{who} stops for about {frozen}, then runs on{captured}. ")
         if verb == "snapshot":
             text.append(f"Its memory and state at that moment go to {self._directory()}.")
             return text
         if verb == "move":
             return Text(
-                f"{who} stops, goes on at {self._to()}, and is ended here once all of it is there. "
+                f"{first}{who} stops, goes on at {self._to()}, and is ended here once all of it is there. "
                 "Until the destination confirms that it runs, any failure lets it go on here."
             )
         maps = ", ".join(f"{m.new} for {m.old}" for m in self._maps())
@@ -329,7 +332,7 @@ happen; nothing happens before Enter on the Launch button."""
         options = Options(
             map_ports=self._maps() if self.verb != "snapshot" else (),
             tcp=self.query_one("#tcp", Choice).value,
-            stdio=self.query_one("#stdio", Input).value.strip(),
+            stdio=self._stdio(),
             pid_namespace=self.query_one("#namespace", Choice).value,
             full=self.query_one("#full", Switch).on,
             yes=self.query_one("#accept", Switch).on,
@@ -347,6 +350,7 @@ happen; nothing happens before Enter on the Launch button."""
             guard=self.query_one("#guard", Choice).value,
             verify=self.query_one("#verify", Switch).on,
             started=self.target.ticks,
+            **(self.query_one(ConnectionFields).values(self._kind()) if self.remote else {}),
         )
         place = self._directory() if self.verb == "snapshot" else self._to() if self.remote else "local"
         return Job(self.verb, self.target.pid, place, self._policy, options, **kept)
