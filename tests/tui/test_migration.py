@@ -7,18 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stage import Recorded, Stage, console, drive, recording, screen_text, words
+from stage import SMALL, Recorded, Stage, console, drive, recording, screen_text, words
 from textual.pilot import Pilot
 from textual.widgets import Input
 
 from tuimig.core.board import Batch
 from tuimig.core.client import Update
+from tuimig.core.errors import (
+    Cancelled,
+    CaptureLost,
+    HandOverFailed,
+    Obstacle,
+    TargetGone,
+    TuimigError,
+    Unsupported,
+)
 from tuimig.core.model import Connection, Fault, FaultKind, Faults, Handover
 from tuimig.core.recording import load
 from tuimig.core.summary import summarize
 from tuimig.run import KEPT, FaultLog, Rate
 from tuimig.screens.check import Check
 from tuimig.screens.confirm import Confirm
+from tuimig.screens.failed import Failed
 from tuimig.screens.migration import Migration
 from tuimig.screens.processes import Processes
 from tuimig.screens.snapshot import Snapshot
@@ -107,6 +117,92 @@ def test_a_capture_as_it_goes() -> None:
         assert f"{last.address:x}" in text
 
     drive(app, act)
+
+
+def broken(error: TuimigError) -> tuple[Stage, Any, Held]:
+    """A clone that has come to its middle, and fails there."""
+    stage, app, feed = launched("clone", middle_of("clone"))
+    feed.updates = [*feed.updates[: -middle_of("clone")], Update(error=error)]
+    feed.release()
+    return stage, app, feed
+
+
+def test_the_summary_of_a_failure() -> None:
+    stage, app, feed = broken(CaptureLost("a page was lost", subject="process 4711", cure="Use --guard on"))
+    stage.feeds.append(Recorded([]))
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await launch(pilot, app, feed)
+        assert "a page was lost" in words(app)
+        await pilot.press("s")
+        assert isinstance(app.screen, Failed)
+        text = words(app)
+        for said in (
+            "clone of 4711 failed",
+            "failed process 4711: a page was lost",
+            "what to do Use --guard on",
+            "the source process 4711 runs on as before",
+            "in phase capture",
+            "freeze took 11.3 ms",
+            "hottest regions",
+        ):
+            assert said in text, said
+        assert "JSON" not in text
+        await pilot.press("k", "j", "o")
+        assert isinstance(app.screen, Failed)
+        await pilot.press("r")
+        assert isinstance(app.screen, Migration)
+        assert len(stage.jobs) == 2
+
+    drive(app, act)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Cancelled("cancelled; the source runs on as before"), "runs on as before"),
+        (TargetGone("the process ended"), "process 4711 is gone"),
+        (HandOverFailed("the move failed after its hand-over"), "process 4711 is stopped and keeps all of its memory"),
+        (
+            Unsupported("no", [Obstacle("tcp", "descriptor 7", "established", "Close it")]),
+            "in the way tcp (descriptor 7)",
+        ),
+    ],
+)
+def test_what_became_of_the_source(error: TuimigError, said: str) -> None:
+    _, app, feed = broken(error)
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await launch(pilot, app, feed)
+        while isinstance(app.screen, Check):
+            await pilot.press("escape")
+        await pilot.press("s")
+        assert said in words(app)
+
+    drive(app, act)
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["running", "over"])
+def test_a_window_that_is_made_narrower(over: bool) -> None:
+    """It is drawn as one that was narrow from the beginning."""
+    made = []
+    for narrowed in (True, False):
+        if over:
+            _, app, feed = broken(CaptureLost("a page was lost"))
+        else:
+            _, app, feed = launched("clone", middle_of("clone"))
+
+        async def act(pilot: Pilot[Any], app: Any = app, feed: Held = feed, narrowed: bool = narrowed) -> None:
+            await launch(pilot, app, feed)
+            if narrowed:
+                await pilot.resize_terminal(*SMALL)
+                await pilot.pause()
+                await pilot.pause()
+            lines = screen_text(app).splitlines()
+            made.append([line for line in lines if "capture" not in line])  # whose time goes on
+
+        drive(app, act, (140, 40) if narrowed else SMALL)
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("when", ["meanwhile", "afterwards"])

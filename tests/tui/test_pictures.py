@@ -159,6 +159,7 @@ RUNS: dict[str, tuple[str, int | None, Act]] = {
     "migration-quit": ("clone", None, keys("q")),
     "migration-failed": ("failed", 0, keys()),
     "summary": ("clone", 0, keys()),
+    "summary-failed": ("failed", 0, keys("s")),
     "summary-snapshot": ("snapshot", 0, keys()),
 }
 

@@ -138,6 +138,11 @@ R keeps a recording, to be played again with `tuimig replay`."""
     def on_screen_resume(self) -> None:
         self.call_after_refresh(self._draw)
 
+    def on_resize(self) -> None:
+        """What was drawn fits another width; of a run that is over nothing else draws it again."""
+        if self.is_active:
+            self.call_after_refresh(self._draw)
+
     # ------------------------------------------------------------ drawing
 
     def _draw(self) -> None:
@@ -162,6 +167,7 @@ R keeps a recording, to be played again with `tuimig replay`."""
             self.refresh_bindings()
             if run.error is not None:
                 self._failed(run.error)
+                self.call_after_refresh(self._draw_tables)  # the message takes some of their lines
             elif self.is_active:
                 self.action_summary()
         elif line := run.lost:
@@ -276,7 +282,8 @@ R keeps a recording, to be played again with `tuimig replay`."""
                 times = there.round_trip_us
                 said.append(f"demands p50 {duration(times.p50)} p99 {duration(times.p99)}")
         if len(run.progress.stream_bytes) > 1:
-            said.append("streams " + "/".join(size(n) for n in run.progress.stream_bytes))
+            demands, *pages = map(size, run.progress.stream_bytes)
+            said.append(f"streams {'/'.join(pages)}, for demands {demands}")
         return "  ".join(said)
 
     def _round_lines(self, width: int) -> tuple[str, str]:
@@ -419,12 +426,14 @@ R keeps a recording, to be played again with `tuimig replay`."""
         self.action_summary()
 
     def action_summary(self) -> None:
-        if self.run_shown.report is None:
-            self.say("The summary comes when it is done" if not self.run_shown.over else str(self.run_shown.error))
+        run = self.run_shown
+        if not run.over:
+            self.say("The summary comes when it is done")
             return
+        from tuimig.screens.failed import Failed
         from tuimig.screens.summary import Summary
 
-        self.app.push_screen(Summary(self.run_shown))
+        self.app.push_screen(Failed(run) if run.report is None else Summary(run))
 
 
 def figures(*pairs: tuple[str, str]) -> Text:

@@ -69,6 +69,10 @@ class FaultTable(Table):
         self.cursor = max(0, len(self._faults) - 1)
         self._show_faults()
 
+    def on_resize(self) -> None:
+        """Another number of records fits."""
+        self._seen = -1
+
     def pause(self, log: FaultLog, paused: bool) -> None:
         self.paused = paused
         self._until = log.total

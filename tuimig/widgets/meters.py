@@ -38,7 +38,11 @@ class LineWidget(Widget):
                 self.refresh(Region(start, y, end - start, 1))
 
     def render(self) -> RenderResult:
-        return Text("\n", no_wrap=True, end="").join(self._lines)
+        """A line that is too long ends at the edge: what would go on below it would push the others down."""
+        shown = [line.copy() for line in self._lines]
+        for line in shown:
+            line.truncate(self.size.width)
+        return Text("\n", no_wrap=True, end="").join(shown)
 
 
 MARKS = {"done": "✓", "now": "▶", "next": " "}
