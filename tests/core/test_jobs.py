@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuimig.core import jobs
-from tuimig.core.errors import Obstacle, TargetGone, TuimigError, Unsupported
+from tuimig.core.errors import DestinationRefused, Obstacle, TargetGone, TuimigError, Unsupported
 from tuimig.core.jobs import (
     FRAME_MOST,
     LENGTH,
@@ -141,6 +141,7 @@ def test_any_bytes_are_a_message_or_a_value_error(data: bytes) -> None:
     [
         TargetGone("it ended", subject="process 7", syscall="ptrace", errno=3, cure="Start it again"),
         Unsupported("it holds state", [Obstacle("io_uring", "descriptor 3", "no", "do")], subject="process 7"),
+        DestinationRefused("cannot take it", [Obstacle("memory", "here", "too little", "free some")]),
         TuimigError("plain"),
     ],
 )

@@ -182,17 +182,17 @@ def failure_of(error: TuimigError) -> Failure:
 
 
 def error_of(failure: Failure) -> TuimigError:
-    kind = getattr(errors, failure.kind, TuimigError)
-    if not (isinstance(kind, type) and issubclass(kind, TuimigError)):
-        kind = TuimigError
+    found = getattr(errors, failure.kind, TuimigError)
+    ours = isinstance(found, type) and issubclass(found, TuimigError)
+    kind: type[TuimigError] = found if ours else TuimigError
     fields: dict[str, Any] = {
         "subject": failure.subject,
         "syscall": failure.syscall,
         "errno": failure.errno,
         "cure": failure.cure,
     }
-    if kind is Unsupported:
-        return Unsupported(failure.what, failure.obstacles, **fields)
+    if issubclass(kind, Unsupported):
+        return kind(failure.what, failure.obstacles, **fields)
     return kind(failure.what, **fields)
 
 
