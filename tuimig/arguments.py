@@ -240,6 +240,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         return found
     if getattr(found, "events", None) == "-" and found.json:
         raise UsageError("--events - and --json both write to stdout", cure="Give --events a file")
+    for name in ("record", "report"):
+        if str(getattr(found, name, None)) == "-":
+            raise UsageError(f"--{name} does not go to stdout", cure="Name a file; --events - is for stdout")
     if hasattr(found, "destination"):
         connecting.check(found)
     _check_listen(getattr(found, "listen", None))

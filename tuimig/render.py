@@ -272,7 +272,8 @@ def demos(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def report(shown: Report, ended: str = "done") -> None:
     """The report as a person wants it: what it cost the source, what was captured, what runs now."""
-    lines: list[tuple[str, str]] = [("process", str(shown.pid)), ("regions", str(shown.regions))]
+    lines = [("process", str(shown.pid))] if shown.pid else []
+    lines.append(("regions", str(shown.regions)))
     lines.append(("content", f"{size(shown.bytes)} ({shown.zero_pages} zero pages left out)"))
     if shown.frozen_us is not None:
         parts = ", ".join(f"{name} {duration(us)}" for name, us in shown.frozen.items())
@@ -308,7 +309,8 @@ def report(shown: Report, ended: str = "done") -> None:
         lines.append(("snapshot", shown.directory))
     if shown.faults_dropped:
         lines.append(("not logged", f"{shown.faults_dropped} faults (served, but the log was full)"))
-    _show(_console(), f"{shown.verb}: {ended}", ("", ""), lines)
+    what = shown.verb or "a migration"  # a recording may end before it says which
+    _show(_console(), f"{what}: {ended}", ("", ""), lines)
 
 
 def comparison(first: str, second: str, rows: Sequence[Row]) -> None:

@@ -46,6 +46,8 @@ def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) ->
         (["receive", "--listen", "unix:"], "no path"),
         (["receive", "--listen", "/run/x"], "not a place to listen"),
         (["clone", "1", "--events", "-", "--json"], "both write to stdout"),
+        (["clone", "1", "--record", "-"], "--record does not go to stdout"),
+        (["demo", "kv", "--report", "-"], "--report does not go to stdout"),
         (["clone", "1", "--eager", "20-10"], "empty address range"),
     ],
 )

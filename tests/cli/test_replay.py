@@ -15,7 +15,9 @@ from harness import recordings
 from harness.command import argv, environment, start, tuimig
 
 from tuimig import demo
+from tuimig.core.errors import TuimigError
 from tuimig.core.recording import load
+from tuimig.core.summary import summarize
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -70,6 +72,25 @@ def test_a_kill_leaves_a_recording(need: Callable[..., None], place: Path, quiet
     assert "recorded in part" in done.stdout
     assert "it has no end" in done.stderr
     shutil.rmtree(quiet / "snap", ignore_errors=True)
+
+
+def test_a_recording_that_ends_at_once(place: Path) -> None:
+    """Before it says what it is of, and whatever is left of it."""
+    whole = recordings.write(place / "a.rec").read_bytes()
+    titles = set()
+    for length in (*range(0, 400, 5), *range(400, len(whole), 200)):
+        cut = place / "b.rec"
+        cut.write_bytes(whole[:length])
+        try:
+            summary = summarize(load(cut))
+        except TuimigError:
+            continue
+        if (summary.report.verb, summary.complete) not in titles:
+            titles.add((summary.report.verb, summary.complete))
+            shown = run("replay", cut).stdout.splitlines()
+            assert shown[0] == f"{summary.report.verb or 'a migration'}: recorded in part"
+            assert ("process" in shown[1]) == bool(summary.report.verb)
+    assert titles == {("", False), ("clone", False)}
 
 
 def test_what_failed_is_told_again(place: Path) -> None:
