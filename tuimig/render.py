@@ -352,6 +352,7 @@ class ProgressBar:
         )
         self._task: TaskID = self._progress.add_task("look", total=None, faults=0)
         self._faults = 0
+        self._there = 0  # of the destination
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -369,11 +370,14 @@ class ProgressBar:
             case Faults():
                 self._faults += len(event)
                 self._progress.update(self._task, faults=self._faults)
+            case Counters(side="destination"):  # the bar is the source's; two would take turns in it
+                self._there = event.demand_faults
+                self._progress.update(self._task, faults=self._faults + self._there)
             case Counters():
                 self._faults = event.wp_faults + event.demand_faults
                 self._progress.update(
                     self._task,
                     total=event.pages_total or None,
                     completed=event.pages_done,
-                    faults=self._faults,
+                    faults=self._faults + self._there,
                 )

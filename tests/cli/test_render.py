@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tuimig import page, render, words
-from tuimig.core.model import Precopy, Report, Round
+from tuimig.core.model import Precopy, Progress, Report, Round
 
 CLONE = Report(
     verb="clone",
@@ -64,3 +64,15 @@ def test_of_many_rounds_the_first_and_the_last(number: int, lines: int) -> None:
     assert names[-6:] == [f"round {n}" for n in range(number)][-6:]
     if number > 10:
         assert told[3] == ("...", f"{number - 9} more")
+
+
+def test_the_bar_is_that_of_one_side() -> None:
+    bar = render.ProgressBar()
+    for event in (
+        Progress("send", 100, 40, wp_faults=3),
+        Progress("fill", 90, 10, demand_faults=2, side="destination"),
+    ):
+        bar.show(event)
+        (task,) = bar._progress.tasks
+        assert (task.total, task.completed) == (100, 40)
+    assert task.fields["faults"] == 5

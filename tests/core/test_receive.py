@@ -62,6 +62,24 @@ def test_a_source_that_gives_up_and_closes_is_heard(receiver: Receiver) -> None:
     near.detach()
 
 
+def arrived(sent: int, expected: int = 0) -> SimpleNamespace:
+    progress = SimpleNamespace(sent=sent, expected=expected)
+    trips = SimpleNamespace(buckets=(), most_ns=0)
+    return SimpleNamespace(arrival=SimpleNamespace(progress=lambda: progress, round_trips=lambda: trips))
+
+
+def test_figures_before_the_copy_runs(receiver: Receiver) -> None:
+    """Before T0 the process's pages are what is known; some may come that it did not have when it was looked at."""
+    assert receiver._figures("precopy") == wire.Figures("precopy")
+    receiver._known = 10
+    for sent, total in ((0, 10), (4, 10), (12, 12)):
+        receiver._early = arrived(sent)  # type: ignore[assignment]
+        assert receiver._figures("precopy") == wire.Figures("precopy", total, sent, sent)
+    receiver._early = None
+    receiver._attempt = SimpleNamespace(copy=None, pages=arrived(5, 9))  # type: ignore[assignment]
+    assert receiver._figures("restore") == wire.Figures("restore", 9, 5, 5)
+
+
 def streams(epoch: int, number: int = 17) -> list[tuple[Caller, socket.socket]]:
     """With the other end of what holds the process that brought it."""
     made = []

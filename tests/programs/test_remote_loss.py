@@ -414,6 +414,10 @@ def test_a_line_that_is_cut_before_t0(
         report = went_well(transfer, name, copies)
         assert report["reconnects"] >= 1, name
         assert report["precopy_sent"] > PAGES * 4096 // 2, name
+        told = [e for e in transfer.events if e["event"] == "progress" and e["side"] == "destination"]
+        early = [(e["pages_done"], e["pages_total"]) for e in told if e["phase"] == "precopy"]
+        assert early, name
+        assert all(done <= total >= PAGES for done, total in early), name
         is_exact(transfer, copies)
 
 

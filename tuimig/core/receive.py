@@ -116,6 +116,7 @@ class Receiver:
     _lost_at: float = 0.0
     _settings: wire.Settings | None = None
     _most: int = 0  # pages of before T0
+    _known: int = 0  # pages that the process had when it was looked at
     _early: _Pages | None = None  # of an attempt that is to have its image yet
     _attempt: _Attempt | None = None
     _next: wire.Image | None = None
@@ -452,6 +453,7 @@ class Receiver:
             raise ProtocolError("a copy cannot inherit the connection")
         self._settings = settings
         self._most = wire.early_most(message.needs.memory)
+        self._known = message.needs.memory // PAGE
         destination.warm_up()
         gc.freeze()  # what is there now stays: no collection has to go through it
         obstacles, privilege = hello.missing(message.needs, settings.pid_namespace)
@@ -494,18 +496,21 @@ class Receiver:
         self._send(wire.Status(self._figures(phase), records))
 
     def _figures(self, phase: str) -> wire.Figures:
-        attempt = self._attempt
+        """What is filled of the copy; before it runs, what has arrived of what is known to come."""
+        attempt, come = self._attempt, self._pages.arrival.progress() if self._pages is not None else None
+        if come is None:
+            return wire.Figures(phase)
         if attempt is None:
-            return wire.Figures(phase, arrived=self._early.arrival.progress().sent if self._early else 0)
+            return wire.Figures(phase, max(self._known, come.sent), come.sent, come.sent)
         copy = attempt.copy
         fill = copy.fill_progress() if copy is not None else None
         faults = copy.ring.histogram if copy is not None and copy.ring is not None else None
         trips = attempt.pages.arrival.round_trips()
         return wire.Figures(
             phase=phase,
-            pages=fill.pages if fill else 0,
-            filled=fill.filled + fill.gone if fill else 0,
-            arrived=attempt.pages.arrival.progress().sent,
+            pages=fill.pages if fill else come.expected,
+            filled=fill.filled + fill.gone if fill else come.sent,
+            arrived=come.sent,
             demand_faults=fill.demand_faults if fill else 0,
             faults=faults.buckets if faults else (),
             faults_most_ns=faults.most_ns if faults else 0,
