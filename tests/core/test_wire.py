@@ -25,6 +25,7 @@ MESSAGES: list[wire.Message] = [
     wire.Open("ab" * 32, "pages", False, 3, "1.0"),
     wire.Hello(NEEDS, SETTINGS),
     wire.Image(1, b"{}", bytes(16), b"", True),
+    wire.Sketch(1, b"{}", 7),
     wire.Abandon(1, "why"),
     wire.Go(1),
     wire.End(),
