@@ -77,6 +77,7 @@ def test_clone_over_a_unix_socket(
     assert redis.digests(server.port, keys) == before
     assert redis.listed(server.port) == [w.number for w in writes]
     assert report["destination"] == listening.text
+    assert report["skeleton"] == ("off" not in options), "its memory is laid out while pages come"
     assert len(report["stream_bytes"]) == (4 if "3" in options else 2)
     assert report["bytes_sent"] > MEGABYTES * 1_000_000 or "lz4" in options
 
@@ -90,6 +91,7 @@ def test_move_over_a_unix_socket(server: redis.Redis, listening: Listening, copi
         mapping = ("--map-port", f"{server.port}:{port}", "--tcp", "close")
         report = tuimig("move", server.pid, listening.text, *mapping, env=listening.env).report
     copies.add(report)
+    assert report["skeleton"]
     assert server.process.wait(10) == -9
     assert redis.digests(port, keys) == before
     with redis.Client(port) as client:
