@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import resource
 import select
 import signal
+import struct
 import subprocess
 import threading
 import time
@@ -23,7 +25,7 @@ from harness.living import living
 from harness.targets import compiled
 
 from tuimig.core import destination, procfs, spawning
-from tuimig.core.errors import RebuildFailed, SnapshotDamaged
+from tuimig.core.errors import EngineError, RebuildFailed, SnapshotDamaged
 from tuimig.core.manifest import Manifest, Outline, RegionEntry
 from tuimig.core.model import PAGE, Kind, Options
 from tuimig.core.skeleton import Skeleton, sketch
@@ -246,6 +248,74 @@ def test_a_skeleton_that_does_not_fit(source: Source) -> None:
         assert source.ask("c") == f"good 0 {source.process.pid}"
         copy.kill()
         copy.reap()
+
+
+def test_ignored_signals_are_ignored(source: Source, early: bool) -> None:
+    """SIGTRAP too, by which injected batches end."""
+    ignore = struct.pack("<QQQQ", 1, 0, 0, 0)
+    numbers = (signal.SIGHUP, signal.SIGTRAP, signal.SIGSYS)
+    source.ends.extra = [
+        (Stage.SETUP, Call(f"ignore {number}", NR["rt_sigaction"], (number, ignore, 0, 8))) for number in numbers
+    ]
+    copy = source.build(skeleton=skeleton(source) if early else None)
+    assert copy.early == early
+    ignored = int(procfs.read_status(copy.pid)["SigIgn"], 16)
+    assert [number for number in range(1, 65) if ignored >> (number - 1) & 1] == list(numbers)
+
+
+def test_what_was_mounted_since_its_skeleton(source: Source, tmp_path: Path, early: bool) -> None:
+    """The copy sees what its source's files are opened in: a skeleton of before is not used."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    source.ends.extra = [(Stage.SETUP, Call("change to it", NR["chdir"], (os.fsencode(place / "inside") + b"\0",)))]
+    made = skeleton(source) if early else None
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    try:
+        (place / "inside").mkdir()
+        copy = source.build(skeleton=made)
+        assert not copy.early
+        assert os.stat(f"/proc/{copy.pid}/cwd").st_dev == os.stat(place).st_dev
+        copy.kill()
+        copy.reap()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_what_a_skeleton_does_not_manage_goes_from_nothing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = skeleton(source)
+
+    def fails(*_: Any) -> None:
+        raise RebuildFailed("no", syscall="pidfd_getfd", errno=errno.EPERM)
+
+    monkeypatch.setattr(made, "_take", fails)
+    copy = source.build(skeleton=made)
+    assert not copy.early
+    assert source.ask("c") == f"good 0 {source.process.pid}"
+
+
+def test_signals_to_our_group_are_not_for_a_skeleton(source: Source) -> None:
+    """Under the same id it is in our PID namespace; all that comes would wait for the copy."""
+    source.process.kill()
+    source.process.wait()
+    made = skeleton(source, pid_namespace="host")
+    assert made.stub is not None
+    assert os.getpgid(made.stub.pid) == made.stub.pid
+    os.kill(made.stub.pid, signal.SIGUSR2)
+    copy = source.build(skeleton=made, pid_namespace="host")
+    assert not copy.early
+    assert source.ask("c") == f"good 0 {source.process.pid}"
+
+
+def test_a_skeleton_that_cannot_be_made(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is none: no error, nothing left open."""
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
+        assert sketch(outline(source), Options()) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(spawning, "spawn", lambda *_: (_ for _ in ()).throw(EngineError("no memory for the stub")))
+        assert sketch(outline(source), Options()) is None
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_skeleton_ends_with_its_builder(source: Source) -> None:

@@ -5,8 +5,10 @@ all.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -96,6 +98,38 @@ def test_move_over_a_unix_socket(server: redis.Redis, listening: Listening, copi
     assert redis.digests(port, keys) == before
     with redis.Client(port) as client:
         assert client("SET", "only", "here") == "OK"
+
+
+LOCKS = """
+import fcntl, mmap, sys, time
+big = bytearray(b"x" * (8 << 20))
+file = open(sys.argv[1], "r+b")
+mapped = mmap.mmap(file.fileno(), 4096)
+fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--precopy", "off")], ids=["precopy", "all after T0"])
+def test_a_lock_on_a_file_that_is_mapped(
+    listening: Listening, place: Path, copies: Any, options: tuple[str, ...]
+) -> None:
+    """Whoever closes one descriptor of a file loses its record locks; the build closes those that it mapped with."""
+    path = place / "locked"
+    path.write_bytes(bytes(8192))
+    command = [sys.executable, "-c", LOCKS, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as source:
+        assert source.stdout is not None
+        assert source.stdout.readline() == b"ready\n"
+        report = tuimig(
+            "clone", source.pid, listening.text, "--stdio", "null", "--yes", *options, env=listening.env
+        ).report
+        copies.add(report)
+        source.kill()
+    fds = Path(f"/proc/{report['new_pid']}/fd")
+    number = next(fd.name for fd in fds.iterdir() if os.readlink(fd) == str(path))
+    assert "POSIX" in Path(f"/proc/{report['new_pid']}/fdinfo/{number}").read_text()
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from tuimig.core.filler import Filler, FillProgress, Range
 from tuimig.core.manifest import Manifest
 from tuimig.core.model import PAGE, Options
 from tuimig.core.ring import Ring
-from tuimig.core.skeleton import Skeleton, lay_out, run
+from tuimig.core.skeleton import Skeleton, lay_out
 from tuimig.core.spool import Spool
 from tuimig.core.state import KINDS, memory, threads
 from tuimig.core.state.base import Build, Call, Stage
@@ -160,7 +160,13 @@ def _build(
     while True:
         prepared = _prepare(manifest, options, not refused, source_ends)
         try:
-            held = _hold(prepared, manifest, options, skeleton)
+            try:
+                held = _hold(prepared, manifest, options, skeleton)
+            except TuimigError:
+                if skeleton is None or skeleton.stub is None:
+                    raise
+                skeleton.close()  # what it did not manage may well go from nothing
+                continue
             with held.stub as stub:
                 if stub.time_errno:
                     refused = stub.time_errno
@@ -230,7 +236,7 @@ def _section(manifest: Manifest, kind: Any) -> Any:
 
 def _open_exe(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not for a pipe that has taken its name
     except OSError as error:
         raise RebuildFailed(
             "cannot open the program",
@@ -250,11 +256,11 @@ class _Held:
 
     stub: Stub
     helpers: dict[int, int]  # our descriptors that it needs while it is built -> its numbers
-    early: bool  # its memory is laid out; the setup calls are still to be made
+    early: bool  # its memory is laid out
 
 
 def _hold(prepared: _Prepared, manifest: Manifest, options: Options, skeleton: Skeleton | None) -> _Held:
-    if skeleton is not None:
+    if skeleton is not None and skeleton.stub is not None:
         if held := _from_skeleton(prepared, manifest, options, skeleton):
             return held
         skeleton.close()  # its id is wanted
@@ -280,10 +286,7 @@ def _from_skeleton(prepared: _Prepared, manifest: Manifest, options: Options, sk
     places = _places(prepared, helpers)
     if not skeleton.fits(manifest, options, [place.number for place in places], setup):
         return None
-    try:
-        return _Held(skeleton.complete(prepared.mapping, missing, places, helpers), helpers, True)
-    except RebuildFailed:  # nothing that lasts was done
-        return None
+    return _Held(skeleton.complete(prepared.mapping, missing, places, helpers, setup), helpers, True)
 
 
 def _from_nothing(prepared: _Prepared, manifest: Manifest, options: Options) -> _Held:
@@ -332,9 +335,7 @@ class _Builder:
         stub = self._stub
         try:
             stub.pin(True)
-            if self._early:
-                run(stub, _setup(self._prepared))
-            else:
+            if not self._early:
                 lay_out(stub, self._manifest.regions, self._prepared.mapping, self._helpers)
             self._describe_memory()
             for content in self._prepared.mapping.contents:

@@ -138,7 +138,9 @@ def _plan_content(region: RegionEntry, index: int, kind: Kind, mapping: Mapping)
 
 def _open(region: RegionEntry, mode: int) -> int:
     try:
-        return os.open(region.path, mode | os.O_CLOEXEC | os.O_NOCTTY)
+        if not stat.S_ISREG(os.stat(region.path).st_mode):  # to open a device may do something
+            raise RebuildFailed("it is not a regular file any more", subject=region.path)
+        return os.open(region.path, mode | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
         raise RebuildFailed(
             f"cannot open the file mapped at {region.start:#x}",

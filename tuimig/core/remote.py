@@ -206,7 +206,7 @@ class _Relay(Relay):
         self._peer.prepare_streams(self._epoch)
 
     def outlined(self, look: procfs.LiveLook, plan: Plan) -> None:
-        with contextlib.suppress(TuimigError):  # what is in the way at T0 is said then
+        with contextlib.suppress(TuimigError, OSError, ValueError):  # what is in the way at T0 is said then
             outline, at_ns = dump.outline(look, plan)
             self._sketch = wire.Sketch(self._epoch, msgspec.json.encode(outline), at_ns + self._peer.clock_offset_ns)
 
@@ -612,8 +612,8 @@ class _Relay(Relay):
             self._peer.give_streams(self._sender)
             if not known:
                 self._peer.send(self._early)
-                if self._sketch is not None:
-                    self._peer.send(self._sketch)
+            if self._sketch is not None:
+                self._peer.send(self._sketch)
             return
         if not known or state.phase == "precopy":  # it has not got the image
             if not known:

@@ -7,18 +7,20 @@ different in its memory, or it is ended and a stub is made from nothing: it is n
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import select
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from tuimig.core import mapping as layout
-from tuimig.core import spawning
+from tuimig.core import procfs, spawning
 from tuimig.core.engine import lib
-from tuimig.core.errors import RebuildFailed
+from tuimig.core.errors import RebuildFailed, TuimigError
 from tuimig.core.manifest import Clocks, Manifest, Outline, RegionEntry
 from tuimig.core.maps import parse_maps
 from tuimig.core.model import Kind, Options
@@ -26,13 +28,11 @@ from tuimig.core.state.base import Call
 from tuimig.core.stub import SCRATCH, Place, Stub
 from tuimig.core.syscalls import NR
 
-F_SETFD: Final = 2
-O_CLOEXEC: Final = os.O_CLOEXEC
 _APART: Final = 64  # between the highest descriptor of the process and those of ours: it opens more until T0
-_BEHIND_NS: Final = 50_000_000  # the most that its clocks are waited for
+_BEHIND_NS: Final = 5_000_000  # the most that its clocks are waited for
 _DATA_MOST: Final = int(lib.TM_STUB_DATA)
 
-_Key = tuple[tuple[Call, ...], tuple[int, int]]
+_Key = tuple[tuple[Call, ...], tuple[int, int, int]]
 
 
 def lay_out(stub: Stub, regions: Sequence[RegionEntry], mapping: layout.Mapping, numbers: dict[int, int]) -> None:
@@ -77,10 +77,15 @@ class Skeleton:
         self._offsets = {name: ns + age_ns for name, ns in spawning.time_offsets(outline.clocks).items()}
         first = max(outline.descriptors, default=spawning.FIRST_HELPER) + _APART
         self._ourselves = first + 1  # the stub's descriptor of this process
+        if self._ourselves >= resource.getrlimit(resource.RLIMIT_NOFILE)[1]:
+            raise RebuildFailed("its descriptors leave no room for those of its builder")
         self.stub: Stub | None = None
-        mapping = layout.plan(outline.regions)
-        ourselves = os.pidfd_open(os.getpid())
+        self._mounts = ourselves = -1
+        mapping = layout.Mapping()
         try:
+            self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+            ourselves = os.pidfd_open(os.getpid())
+            mapping = layout.plan(outline.regions)
             numbers = spawning.helpers((m.fd for m in mapping.mapped if m.fd >= 0), (first, self._ourselves))
             self.stub = spawning.spawn(self._wanted(numbers, ourselves, first), options.pid_namespace)
             self.stub.pin(True)
@@ -92,7 +97,8 @@ class Skeleton:
             self.close()
             raise
         finally:
-            os.close(ourselves)
+            if ourselves >= 0:
+                os.close(ourselves)
             mapping.close()
 
     def _wanted(self, numbers: Mapping[int, int], ourselves: int, uffd_number: int) -> spawning.Wanted:
@@ -104,13 +110,16 @@ class Skeleton:
             tids=outline.tids,
             ranges=[(r.start, r.end) for r in outline.regions],
             places=[*places, Place(self._ourselves, ourselves, True)],
-            setup=(),
+            setup=[Call("lead a session of its own", NR["setsid"], ())],  # what our group is sent is not meant for it
             uffd_number=uffd_number,
             lazy=True,
             offsets=self._offsets,
         )
 
     def close(self) -> None:
+        if self._mounts >= 0:
+            os.close(self._mounts)
+            self._mounts = -1
         if self.stub is not None:
             self.stub.close()
             self.stub = None
@@ -120,7 +129,7 @@ class Skeleton:
     def fits(self, manifest: Manifest, options: Options, numbers: Sequence[int], setup: Sequence[Call]) -> bool:
         """Whether it can become this copy. `numbers`: of all descriptors that it is to be given."""
         stub = self.stub
-        if stub is None or stub.time_errno or options != self._options or _has_ended(stub.pidfd):
+        if stub is None or stub.time_errno or options != self._options or not self._is_as_it_was(stub):
             return False
         scratch = (stub.scratch, stub.scratch + SCRATCH)
         ours = (stub.uffd_number, self._ourselves)
@@ -131,10 +140,23 @@ class Skeleton:
             and not any(r.start < scratch[1] and scratch[0] < r.end for r in manifest.regions)
             and max(numbers, default=0) < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             and not set(numbers) & set(ours)
-            and not (stub.init_pid is None and spawning.taken_ids(others))
+            and (stub.new_namespace or not spawning.taken_ids(others))
             and all(sum(len(a) for a in call.args if isinstance(a, bytes)) <= _DATA_MOST for call in setup)
             and self._reaches(manifest.clocks)
         )
+
+    def _is_as_it_was(self, stub: Stub) -> bool:
+        """It lives, nobody has sent it a signal, and nothing was mounted that it does not see."""
+        poll = select.poll()
+        poll.register(stub.pidfd, select.POLLIN)
+        poll.register(self._mounts, select.POLLPRI)
+        if poll.poll(0):
+            return False
+        try:
+            status = procfs.read_status(stub.pid)
+        except TuimigError:
+            return False
+        return not any(int(status.get(name, "0"), 16) for name in ("SigPnd", "ShdPnd"))
 
     def _reaches(self, t0: Clocks) -> bool:
         """Its clocks run on since the outline: never back behind T0."""
@@ -158,8 +180,9 @@ class Skeleton:
         missing: Sequence[layout.Mapped],
         places: Sequence[Place],
         helpers: Mapping[int, int],
+        setup: Sequence[Call],
     ) -> Stub:
-        """Give it its descriptors, and put its memory right. It is the caller's from now on."""
+        """Give it its descriptors, put its memory right, make the setup calls. It is the caller's from now on."""
         stub = self.stub
         assert stub is not None
         stub.pin(True)
@@ -172,6 +195,8 @@ class Skeleton:
         ]
         calls += [call for m in missing for call in layout.map_calls(m, helpers.get(m.fd, -1))]
         run(stub, calls)
+        for batch in _batches(setup):
+            run(stub, batch)
         self.stub = None
         return stub
 
@@ -180,16 +205,18 @@ class Skeleton:
         open_now = {stub.uffd_number, self._ourselves}
         calls: list[Call] = []
         expected: dict[int, int] = {}
+        low = 0
         for place in sorted(places, key=lambda place: place.number):
-            low = next(_free(open_now))
+            while low in open_now:
+                low += 1
             expected[len(calls)] = low
             calls.append(Call(f"place descriptor {place.number}", NR["pidfd_getfd"], (self._ourselves, place.fd, 0)))
             if low != place.number:
-                flags = O_CLOEXEC if place.cloexec else 0
+                flags = os.O_CLOEXEC if place.cloexec else 0
                 calls.append(Call(f"place descriptor {place.number}", NR["dup3"], (low, place.number, flags)))
                 calls.append(Call(f"close descriptor {low}", NR["close"], (low,)))
             elif not place.cloexec:
-                calls.append(Call(f"place descriptor {place.number}", NR["fcntl"], (low, F_SETFD, 0)))
+                calls.append(Call(f"place descriptor {place.number}", NR["fcntl"], (low, fcntl.F_SETFD, 0)))
             open_now.add(place.number)
         calls.append(Call("let go of its builder", NR["close"], (self._ourselves,)))
         returned = run(stub, calls)
@@ -199,7 +226,7 @@ class Skeleton:
 
 def sketch(outline: Outline, options: Options, age_ns: int = 0) -> Skeleton | None:
     """None where it cannot be made, or would not do: the rebuild at T0 says why, if it meets the same."""
-    with contextlib.suppress(RebuildFailed, OSError):
+    with contextlib.suppress(TuimigError, OSError):
         made = Skeleton(outline, options, age_ns)
         if made.stub is not None and not made.stub.time_errno:
             return made
@@ -207,24 +234,23 @@ def sketch(outline: Outline, options: Options, age_ns: int = 0) -> Skeleton | No
     return None
 
 
+def _batches(calls: Sequence[Call]) -> Iterator[list[Call]]:
+    """The action of SIGTRAP is set by a call of its own: a batch takes that signal for its end, and puts it back."""
+    batch: list[Call] = []
+    for call in calls:
+        if call.nr == NR["rt_sigaction"] and call.args[0] == signal.SIGTRAP:
+            yield batch
+            yield [call]
+            batch = []
+        else:
+            batch.append(call)
+    yield batch
+
+
 def _key(m: layout.Mapped) -> _Key:
-    """What makes a mapping what it is, whatever number its file has."""
-    identity = (0, 0)
+    """What makes a mapping what it is, whatever number its file has. What may be done to it goes by the open mode."""
+    identity = (0, 0, 0)
     if m.fd >= 0:
         status = os.fstat(m.fd)
-        identity = (status.st_dev, status.st_ino)
+        identity = (status.st_dev, status.st_ino, fcntl.fcntl(m.fd, fcntl.F_GETFL) & os.O_ACCMODE)
     return tuple(layout.map_calls(m, 0)), identity
-
-
-def _free(taken: set[int]) -> Iterator[int]:
-    number = 0
-    while True:
-        if number not in taken:
-            yield number
-        number += 1
-
-
-def _has_ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))

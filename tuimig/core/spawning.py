@@ -84,11 +84,14 @@ def _spec(wanted: Wanted, init_fd: int) -> Spec:
 def helpers(fds: Iterable[int], placed: Iterable[int]) -> dict[int, int]:
     """Our descriptors that the copy needs while it is built -> numbers that it does not use itself."""
     numbers: dict[int, int] = {}
-    taken = set(placed)
+    taken, number = set(placed), FIRST_HELPER
     for fd in fds:
-        if fd not in numbers:
-            numbers[fd] = unused(taken)
-            taken.add(numbers[fd])
+        if fd in numbers:
+            continue
+        while number in taken:
+            number += 1
+        numbers[fd] = number
+        number += 1
     return numbers
 
 

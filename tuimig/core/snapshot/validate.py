@@ -125,7 +125,7 @@ def _region(r: RegionEntry, pages_size: int) -> Iterator[str]:
         yield f"its kind {r.kind[:40]!r} is unknown"
     if r.treatment not in _TREATMENTS:
         yield f"its treatment {r.treatment[:40]!r} is unknown"
-    if r.offset < 0 or r.offset >= WORD or r.offset % PAGE:
+    if r.offset < 0 or r.offset + r.size > WORD // 2 or r.offset % PAGE:
         yield f"its file offset {r.offset} is impossible"
     if not _DEVICE.fullmatch(r.dev) or not 0 <= r.inode < WORD or not -1 <= r.file_size < WORD // 2:
         yield "the identity of its file is impossible"
