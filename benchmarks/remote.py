@@ -54,8 +54,11 @@ def ping_pong() -> float:
     return statistics.median(took) / 1000
 
 
-def raw_unix(megabytes: int) -> float:
-    """GB/s from a file in memory through a unix socket into memory of another process."""
+def raw_unix(megabytes: int, *, placed: bool = False) -> float:
+    """GB/s from a file in memory through a unix socket into memory of another process, always the same.
+
+    `placed`: from there into a file in memory that is new, as whatever keeps what comes must do it.
+    """
     near, far = socket.socketpair()
     for sock in (near, far):
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -64,9 +67,10 @@ def raw_unix(megabytes: int) -> float:
     pid = os.fork()
     if pid == 0:
         near.close()
-        into = bytearray(1 << 20)
-        while far.recv_into(into):
-            pass
+        into, kept, end = memoryview(bytearray(1 << 20)), os.memfd_create("placed"), 0
+        while got := far.recv_into(into):
+            if placed:
+                end += os.pwrite(kept, into[:got], end)
         os._exit(0)
     far.close()
     file = os.memfd_create("raw")
@@ -137,7 +141,9 @@ def pages_per_second(report: dict[str, Any]) -> float:
     return float(report["bytes_sent"]) / (report["downtime_us"] + report["fill_us"]) / 1000
 
 
-def measure(figures: Figures, place: Path, way: Way, sizes: Sequence[int], rounds: int, raw: float) -> None:
+def measure(
+    figures: Figures, place: Path, way: Way, sizes: Sequence[int], rounds: int, raw: float, placed: float = 0
+) -> None:
     for verb, how, options in RUNS:
         by_size = []
         for size in sizes:
@@ -153,6 +159,8 @@ def measure(figures: Figures, place: Path, way: Way, sizes: Sequence[int], round
             if verb == "move" and size == sizes[-1]:
                 whole = statistics.median(map(pages_per_second, reports))
                 figures.at_least(f"{way.name}, {verb}{how}: pages, of the raw connection", whole / raw, 0.6, "x")
+                if placed:
+                    figures.context(f"{way.name}, {verb}{how}: of it into new memory", whole / placed, "x")
         slope = (by_size[-1] - by_size[0]) / ((sizes[-1] - sizes[0]) / 1024)
         figures.at_most(f"{way.name}, {verb}{how}: growth with size beyond arming", slope, 10, "ms/GB")
 
@@ -229,10 +237,12 @@ def main() -> int:
             )
             warm(2048)
             raw = statistics.median(raw_unix(1024) for _ in range(options.rounds))
+            placed = statistics.median(raw_unix(1024, placed=True) for _ in range(options.rounds))
             raw_by_ssh = statistics.median(raw_ssh(hosts, place, 512) for _ in range(options.rounds))
             figures.context("unix, raw", raw, "GB/s")
+            figures.context("unix, raw, into new memory", placed, "GB/s")
             figures.context("ssh cat", raw_by_ssh, "GB/s")
-            measure(figures, place, unix, sizes, options.rounds, raw)
+            measure(figures, place, unix, sizes, options.rounds, raw, placed)
             measure(figures, place, ssh, sizes, options.rounds, raw_by_ssh)
             demands(figures, place, unix)
             narrow(figures, place, ssh, hosts)

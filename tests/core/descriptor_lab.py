@@ -229,7 +229,7 @@ def _child(build: Build, closed: int, writer: int, check: Callable[[], Any]) -> 
         for number, (fd, cloexec) in placed.items():
             os.dup2(fd, number, inheritable=not cloexec)
         os.closerange(500, 900)
-        for stage in (Stage.SETUP, Stage.FINISH):
+        for stage in (Stage.SETUP, Stage.THREAD, Stage.FINISH):
             for _, call in build.calls.get(stage, []):
                 _make(call)
         answer = {"value": check()}

@@ -138,13 +138,13 @@ def thread(tid: int) -> ThreadEntry:
     )
 
 
-def dump(pid: int, kinds: Sequence[Any], protect_above: int = 1 << 20) -> tuple[Manifest, Spool]:
+def dump(pid: int, kinds: Sequence[Any], pages_fd: int, protect_above: int = 1 << 20) -> tuple[Manifest, Spool]:
     """The manifest and a spool (its pages_fd is never closed: a test's process is short) of a child."""
     with procfs.look(pid, Options()) as look:
-        return _dump(look, kinds, protect_above)
+        return _dump(look, kinds, pages_fd, protect_above)
 
 
-def _dump(look: Any, kinds: Sequence[Any], protect_above: int) -> tuple[Manifest, Spool]:
+def _dump(look: Any, kinds: Sequence[Any], pages_fd: int, protect_above: int) -> tuple[Manifest, Spool]:
     pid = look.pid
     probes = [probe for kind in kinds for probe in kind.probes(look)]
     held = Held(pid)
@@ -161,7 +161,7 @@ def _dump(look: Any, kinds: Sequence[Any], protect_above: int) -> tuple[Manifest
             calls[probe.key] = Answer(len(data), data)
     descriptors: dict[int, Descriptor] = dict(look.descriptors)
     frozen = Frozen(look, clocks, descriptors, held.regions, held.tids, calls, each)
-    spool, regions = _store(held, protect_above)
+    spool, regions = _store(held, pages_fd, protect_above)
     shared = pending(pid, 1)
     exe = os.readlink(f"/proc/{pid}/exe")
     held.let_go()
@@ -184,9 +184,9 @@ def _dump(look: Any, kinds: Sequence[Any], protect_above: int) -> tuple[Manifest
     return msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest), spool
 
 
-def _store(held: Held, protect_above: int) -> tuple[Spool, list[RegionEntry]]:
+def _store(held: Held, pages_fd: int, protect_above: int) -> tuple[Spool, list[RegionEntry]]:
     stored = [r for r in held.regions if r.kind not in (Kind.KERNEL, Kind.SHARED_FILE)]
-    spool = Spool(os.memfd_create("pages"), sum(r.size for r in stored) // PAGE, True)
+    spool = Spool(pages_fd, sum(r.size for r in stored) // PAGE, True)
     entries, first = [], 0
     for region in held.regions:
         whole = region.kind is not Kind.FILE

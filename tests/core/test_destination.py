@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import resource
 import select
 import signal
+import struct
 import subprocess
 import threading
 import time
@@ -22,10 +24,11 @@ import pytest
 from harness.living import living
 from harness.targets import compiled
 
-from tuimig.core import destination, procfs
-from tuimig.core.errors import RebuildFailed, SnapshotDamaged
-from tuimig.core.manifest import Manifest
+from tuimig.core import destination, procfs, spawning
+from tuimig.core.errors import EngineError, RebuildFailed, SnapshotDamaged
+from tuimig.core.manifest import Manifest, Outline, RegionEntry
 from tuimig.core.model import PAGE, Kind, Options
+from tuimig.core.skeleton import Skeleton, sketch
 from tuimig.core.state import credentials, memory, signals, threads
 from tuimig.core.state.base import Build, Call, Stage
 from tuimig.core.syscalls import NR
@@ -79,12 +82,15 @@ class Source:
         )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready\n"
-        self.manifest, self.spool = dumper.dump(self.process.pid, kinds)
+        self.pages_fd = os.memfd_create("pages")
+        self.manifest, self.spool = dumper.dump(self.process.pid, kinds, self.pages_fd)
         self.picture = picture(self.process.pid)
         self.copies: list[destination.Copy] = []
 
-    def build(self, manifest: Manifest | None = None, **options: Any) -> destination.Copy:
-        copy = destination.build(manifest or self.manifest, self.spool, Options(**options))
+    def build(
+        self, manifest: Manifest | None = None, skeleton: Skeleton | None = None, **options: Any
+    ) -> destination.Copy:
+        copy = destination.build(manifest or self.manifest, self.spool, Options(**options), skeleton=skeleton)
         self.copies.append(copy)
         return copy
 
@@ -105,6 +111,8 @@ class Source:
         self.process.kill()
         self.process.communicate()
         self.ends.close()
+        self.spool.close()
+        os.close(self.pages_fd)
 
 
 @pytest.fixture
@@ -137,9 +145,49 @@ def picture(pid: int) -> dict[str, Any]:
     return shown
 
 
+@pytest.fixture(params=[False, True], ids=["from nothing", "from a skeleton"])
+def early(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def outline(source: Source, regions: list[RegionEntry] | None = None) -> Outline:
+    """Of some time before T0."""
+    manifest = source.manifest
+    clocks = msgspec.structs.replace(manifest.clocks, monotonic_ns=manifest.clocks.monotonic_ns - 10**6)
+    bare = [msgspec.structs.replace(r, slot=None) for r in regions or manifest.regions]
+    return Outline(clocks, manifest.process, bare, [t.tid for t in manifest.threads], [0, 1, 2])
+
+
+def skeleton(source: Source, regions: list[RegionEntry] | None = None, **options: Any) -> Skeleton:
+    made = sketch(outline(source, regions), Options(**options))
+    assert made is not None
+    return made
+
+
+def as_before_t0(source: Source, change: str) -> list[RegionEntry]:
+    """Regions of which some became others by T0."""
+    regions = list(source.manifest.regions)
+    heap = next(i for i, r in enumerate(regions) if r.kind == Kind.HEAP.value)
+    text = next(i for i, r in enumerate(regions) if "libc" in r.path and "x" in r.perms)
+    if change == "grown":
+        regions[heap] = msgspec.structs.replace(regions[heap], end=regions[heap].end - PAGE)
+    elif change == "other permissions":
+        regions[heap] = msgspec.structs.replace(regions[heap], perms="r--p")
+    elif change == "another file":
+        regions[text] = msgspec.structs.replace(regions[text], kind=Kind.ANON.value, path="")
+    elif change == "new":
+        del regions[heap], regions[text]
+    elif change == "gone":
+        free = regions[heap].end + (1 << 30)
+        more = msgspec.structs.replace(regions[heap], start=free, end=free + 4 * PAGE, kind=Kind.ANON.value, path="")
+        regions.insert(heap + 1, more)
+    return regions
+
+
 @pytest.mark.parametrize("full", [True, False], ids=["full", "lazy"])
-def test_the_copy_goes_on(source: Source, full: bool) -> None:
-    copy = source.build(full=full)
+def test_the_copy_goes_on(source: Source, full: bool, early: bool) -> None:
+    copy = source.build(full=full, skeleton=skeleton(source, full=full) if early else None)
+    assert copy.early == early
     rounds = source.ask("r")
     assert source.ask("c") == f"good 0 {source.process.pid}"
     assert copy.inner_pid == source.process.pid
@@ -160,17 +208,148 @@ def test_the_copy_goes_on(source: Source, full: bool) -> None:
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "lazy"])
-def test_proc_shows_the_same(source: Source, full: bool) -> None:
-    copy = source.build(full=full)
+def test_proc_shows_the_same(source: Source, full: bool, early: bool) -> None:
+    copy = source.build(full=full, skeleton=skeleton(source, full=full) if early else None)
     assert copy.wait_filled(20)
     shown = picture(copy.pid)
     assert [r for r in shown["regions"] if r not in source.picture["regions"]] == []
     assert shown == source.picture
 
 
-def test_clocks_go_on_from_t0(source: Source) -> None:
-    before = time.monotonic_ns()
-    source.build(full=True)
+@pytest.mark.parametrize("change", ["none", "grown", "other permissions", "another file", "new", "gone"])
+def test_memory_that_changed_since_its_skeleton(source: Source, change: str) -> None:
+    regions = as_before_t0(source, change)
+    assert (regions == source.manifest.regions) == (change == "none")
+    copy = source.build(skeleton=skeleton(source, regions))
+    assert copy.early
+    assert source.ask("c") == f"good 0 {source.process.pid}"
+    assert source.ask("b").split()[0] == "1", "the heap grows"
+    assert copy.wait_filled(20)
+    source.process.kill()  # its answers would be the copy's
+    shown = picture(copy.pid)
+    assert [r[:5] for r in shown["regions"] if r[0] not in {x[0] for x in source.picture["regions"]}] == []
+
+
+def test_a_skeleton_that_does_not_fit(source: Source) -> None:
+    """The copy is built from nothing, and nothing is left of the skeleton."""
+    manifest = source.manifest
+    later = msgspec.structs.replace(manifest.clocks, monotonic_ns=manifest.clocks.monotonic_ns + 10**12)
+    dead = skeleton(source)
+    assert dead.stub is not None
+    os.kill(dead.stub.pid, signal.SIGKILL)
+    for unfit, given in (
+        (skeleton(source, tcp="close"), manifest),  # other options
+        (skeleton(source), msgspec.structs.replace(manifest, clocks=later)),  # its clocks would go back
+        (dead, manifest),
+    ):
+        copy = source.build(given, skeleton=unfit)
+        assert not copy.early
+        assert unfit.stub is None
+        assert source.ask("c") == f"good 0 {source.process.pid}"
+        copy.kill()
+        copy.reap()
+
+
+def test_ignored_signals_are_ignored(source: Source, early: bool) -> None:
+    """SIGTRAP too, by which injected batches end."""
+    ignore = struct.pack("<QQQQ", 1, 0, 0, 0)
+    numbers = (signal.SIGHUP, signal.SIGTRAP, signal.SIGSYS)
+    source.ends.extra = [
+        (Stage.SETUP, Call(f"ignore {number}", NR["rt_sigaction"], (number, ignore, 0, 8))) for number in numbers
+    ]
+    copy = source.build(skeleton=skeleton(source) if early else None)
+    assert copy.early == early
+    ignored = int(procfs.read_status(copy.pid)["SigIgn"], 16)
+    assert [number for number in range(1, 65) if ignored >> (number - 1) & 1] == list(numbers)
+
+
+def test_what_was_mounted_since_its_skeleton(source: Source, tmp_path: Path, early: bool) -> None:
+    """The copy sees what its source's files are opened in: a skeleton of before is not used."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    source.ends.extra = [(Stage.SETUP, Call("change to it", NR["chdir"], (os.fsencode(place / "inside") + b"\0",)))]
+    made = skeleton(source) if early else None
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    try:
+        (place / "inside").mkdir()
+        copy = source.build(skeleton=made)
+        assert not copy.early
+        assert os.stat(f"/proc/{copy.pid}/cwd").st_dev == os.stat(place).st_dev
+        copy.kill()
+        copy.reap()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_what_a_skeleton_does_not_manage_goes_from_nothing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = skeleton(source)
+
+    def fails(*_: Any) -> None:
+        raise RebuildFailed("no", syscall="pidfd_getfd", errno=errno.EPERM)
+
+    monkeypatch.setattr(made, "_take", fails)
+    copy = source.build(skeleton=made)
+    assert not copy.early
+    assert source.ask("c") == f"good 0 {source.process.pid}"
+
+
+def test_signals_to_our_group_are_not_for_a_skeleton(source: Source) -> None:
+    """Under the same id it is in our PID namespace; all that comes would wait for the copy."""
+    source.process.kill()
+    source.process.wait()
+    made = skeleton(source, pid_namespace="host")
+    assert made.stub is not None
+    assert os.getpgid(made.stub.pid) == made.stub.pid
+    os.kill(made.stub.pid, signal.SIGUSR2)
+    copy = source.build(skeleton=made, pid_namespace="host")
+    assert not copy.early
+    assert source.ask("c") == f"good 0 {source.process.pid}"
+
+
+def test_a_skeleton_that_cannot_be_made(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is none: no error, nothing left open."""
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
+        assert sketch(outline(source), Options()) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(spawning, "spawn", lambda *_: (_ for _ in ()).throw(EngineError("no memory for the stub")))
+        assert sketch(outline(source), Options()) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_skeleton_ends_with_its_builder(source: Source) -> None:
+    made = skeleton(source)
+    assert made.stub is not None
+    pid = made.stub.pid
+    made.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_descriptors_of_a_skeleton(source: Source) -> None:
+    """In gaps, at the lowest free numbers, and among those that the builder itself has."""
+    fds = [os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC) for _ in range(40)]
+    try:
+        source.ends.more = {number: fds[i] for i, number in enumerate([*range(3, 30), 33, 34, 50, *range(53, 60)])}
+        copy = source.build(skeleton=skeleton(source))
+        assert copy.early
+        shown = {int(name) for name in os.listdir(f"/proc/{copy.pid}/fd")}
+        assert shown == {0, 1, 2, *source.ends.more}
+        assert all(os.readlink(f"/proc/{copy.pid}/fd/{n}") == "/dev/zero" for n in source.ends.more)
+        flags = {n: procfs.read(copy.pid, f"fdinfo/{n}") for n in (0, 3, 50)}
+        assert [b"02" in flags[n].splitlines()[1] for n in (3, 50)] == [True, True], "close on exec"
+        assert source.ask("c") == f"good 0 {source.process.pid}"
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("early_too", [False, True], ids=["from nothing", "from a skeleton"])
+def test_clocks_go_on_from_t0(source: Source, early_too: bool) -> None:
+    before = time.monotonic_ns() - 10**6  # of the outline
+    made = skeleton(source, full=True) if early_too else None
+    time.sleep(0.01)
+    source.build(full=True, skeleton=made)
     clock = int(source.ask("t"))
     elapsed = time.monotonic_ns() - before
     assert 0 < clock - source.manifest.clocks.monotonic_ns <= elapsed
@@ -327,7 +506,7 @@ def kill_newcomer(before: set[str], victim: str, delay_s: float) -> None:
 
 def test_refused_time_namespace_is_told(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel refuses offsets that would make a clock negative; the copy then runs by this host's clocks."""
-    monkeypatch.setattr(destination, "_time_offsets", lambda clocks: "monotonic -4000000000 0\n")
+    monkeypatch.setattr(spawning, "_text", lambda offsets: "monotonic -4000000000 0\n")
     notes: list[str] = []
     copy = destination.build(source.manifest, source.spool, Options(), notes.append)
     source.copies.append(copy)
@@ -363,7 +542,7 @@ def test_descriptor_beyond_every_limit_is_told(source: Source) -> None:
 
 
 def test_missing_init_has_a_cure(source: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(destination.native, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(spawning.native, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(RebuildFailed, match=r"init program .* is missing.*make build"):
         source.build()
 

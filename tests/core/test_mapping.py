@@ -30,7 +30,7 @@ class FakeManifest:
 
 
 def plan(*regions: RegionEntry) -> mapping.Mapping:
-    return mapping.plan(FakeManifest(*regions))  # type: ignore[arg-type]
+    return mapping.plan(regions)
 
 
 # ---------------------------------------------------------------- moving vdso and vvar
@@ -253,3 +253,10 @@ def test_interrupted_calls(spool: Spool, rax: int, call: str, wanted: int, why: 
     thread = msgspec.structs.replace(THREAD, regs=registers(rax=rax, orig_rax=number, rip=5))
     out = dumper.REGS.unpack(t0.start_registers(memory_with(spool, {}), thread))
     assert (out[10], out[15], out[16]) == (wanted & (1 << 64) - 1, number & (1 << 64) - 1, 5), why
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """A pipe that has taken the name would hold whoever opens it for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RebuildFailed, match="not a regular file"):
+        plan(msgspec.structs.replace(ENTRY, kind="file", path=str(tmp_path / "pipe")))

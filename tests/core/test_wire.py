@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import socket
+import threading
 import tracemalloc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ MESSAGES: list[wire.Message] = [
     wire.Open("ab" * 32, "pages", False, 3, "1.0"),
     wire.Hello(NEEDS, SETTINGS),
     wire.Image(1, b"{}", bytes(16), b"", True),
+    wire.Sketch(1, b"{}", 7),
     wire.Abandon(1, "why"),
     wire.Go(1),
     wire.End(),
@@ -142,6 +146,35 @@ def test_what_was_said_comes_before_the_loss(monkeypatch: pytest.MonkeyPatch) ->
         assert inbox.get(timeout=10) == (connection, wire.Built(number))
     assert isinstance(inbox.get(timeout=10), Lost)
     connection.close()
+
+
+def test_what_was_said_while_nothing_seemed_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was ready; then the other side spoke and closed, and a word of ours failed, before the reader went on."""
+    near, far = socket.socketpair()
+    inbox: Any = queue.SimpleQueue()
+    spoken = threading.Event()
+
+    class Poll:
+        def __init__(self) -> None:
+            self._poll = select.poll()
+            self.register = self._poll.register
+
+        def poll(self, timeout_ms: float) -> list[tuple[int, int]]:
+            ready = self._poll.poll(min(timeout_ms, 10))
+            if not ready and not spoken.is_set():
+                spoken.set()
+                far.sendall(wire.frame(wire.End()))
+                far.close()
+                connection._breaks(ConnectionLost("the connection was lost"))
+            return ready
+
+    fd = near.detach()
+    with monkeypatch.context() as patch:
+        patch.setattr(control, "select", SimpleNamespace(poll=Poll, POLLIN=select.POLLIN, POLLOUT=select.POLLOUT))
+        connection = Control(fd, fd, inbox, large=False)
+        assert inbox.get(timeout=10) == (connection, wire.End())
+        assert isinstance(inbox.get(timeout=10), Lost)
+        connection.close()
 
 
 def test_the_first_frame_is_read_to_its_last_byte_and_no_further() -> None:

@@ -5,8 +5,10 @@ all.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +79,7 @@ def test_clone_over_a_unix_socket(
     assert redis.digests(server.port, keys) == before
     assert redis.listed(server.port) == [w.number for w in writes]
     assert report["destination"] == listening.text
+    assert report["skeleton"] == ("off" not in options), "its memory is laid out while pages come"
     assert len(report["stream_bytes"]) == (4 if "3" in options else 2)
     assert report["bytes_sent"] > MEGABYTES * 1_000_000 or "lz4" in options
 
@@ -90,10 +93,43 @@ def test_move_over_a_unix_socket(server: redis.Redis, listening: Listening, copi
         mapping = ("--map-port", f"{server.port}:{port}", "--tcp", "close")
         report = tuimig("move", server.pid, listening.text, *mapping, env=listening.env).report
     copies.add(report)
+    assert report["skeleton"]
     assert server.process.wait(10) == -9
     assert redis.digests(port, keys) == before
     with redis.Client(port) as client:
         assert client("SET", "only", "here") == "OK"
+
+
+LOCKS = """
+import fcntl, mmap, sys, time
+big = bytearray(b"x" * (8 << 20))
+file = open(sys.argv[1], "r+b")
+mapped = mmap.mmap(file.fileno(), 4096)
+fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--precopy", "off")], ids=["precopy", "all after T0"])
+def test_a_lock_on_a_file_that_is_mapped(
+    listening: Listening, place: Path, copies: Any, options: tuple[str, ...]
+) -> None:
+    """Whoever closes one descriptor of a file loses its record locks; the build closes those that it mapped with."""
+    path = place / "locked"
+    path.write_bytes(bytes(8192))
+    command = [sys.executable, "-c", LOCKS, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as source:
+        assert source.stdout is not None
+        assert source.stdout.readline() == b"ready\n"
+        report = tuimig(
+            "clone", source.pid, listening.text, "--stdio", "null", "--yes", *options, env=listening.env
+        ).report
+        copies.add(report)
+        source.kill()
+    fds = Path(f"/proc/{report['new_pid']}/fd")
+    number = next(fd.name for fd in fds.iterdir() if os.readlink(fd) == str(path))
+    assert "POSIX" in Path(f"/proc/{report['new_pid']}/fdinfo/{number}").read_text()
 
 
 @pytest.mark.slow

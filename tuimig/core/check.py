@@ -43,6 +43,7 @@ def check_look(look: Look) -> list[Obstacle]:
 
     found = [
         *_cannot_be_looked_at(look.pid),
+        *_names(look),
         *_moved(look),
         *_tracing(look),
         *_sharing(look),
@@ -206,6 +207,15 @@ def _differs(pid: int, tid: int, kind: int) -> bool:
 
 
 # ---------------------------------------------------------------- its memory
+
+
+def _names(look: Look) -> Iterator[Obstacle]:
+    """A manifest is UTF-8."""
+    names = [("thread", look.status.get("Name", "")), ("command line", " ".join(procfs.read_cmdline(look.pid)))]
+    names += [(str(region), region.path) for region in look.regions]
+    for where, name in names:
+        if not name.isascii() and name != name.encode("utf-8", "replace").decode():
+            yield Obstacle("name", where, f"its name is not UTF-8: {name[:200]!r}", "Rename that file or thread")
 
 
 def _regions(look: Look) -> Iterator[Obstacle]:

@@ -97,7 +97,8 @@ class Control:
         self._sent_at = time.monotonic()
 
     def _breaks(self, error: ConnectionLost) -> None:
-        self._broken, self._broken_at = error, time.monotonic()
+        self._broken_at = time.monotonic()
+        self._broken = error
 
     def _run(self) -> None:
         try:
@@ -106,6 +107,8 @@ class Control:
             poll.register(self._in, select.POLLIN)
             while not self._closed:
                 ready = poll.poll(0 if self._broken else TICK_MS)
+                if self._broken is not None:  # perhaps only since: what came before is there by now
+                    ready = poll.poll(0)
                 now = time.monotonic()
                 if self._broken is not None and (not ready or now - self._broken_at > SILENCE_S):
                     raise self._broken

@@ -9,35 +9,30 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from tuimig.core import mapping as layout
-from tuimig.core import native, procfs, t0
-from tuimig.core.engine import lib
-from tuimig.core.errors import RebuildFailed, SnapshotDamaged, TargetGone, TuimigError, UsageError
+from tuimig.core import procfs, spawning, t0
+from tuimig.core.errors import RebuildFailed, SnapshotDamaged, TargetGone, TuimigError
 from tuimig.core.filler import Filler, FillProgress, Range
-from tuimig.core.manifest import Clocks, Manifest
-from tuimig.core.maps import parse_maps
-from tuimig.core.model import PAGE, Kind, Options
+from tuimig.core.manifest import Manifest
+from tuimig.core.model import PAGE, Options
 from tuimig.core.ring import Ring
+from tuimig.core.skeleton import Skeleton, lay_out
 from tuimig.core.spool import Spool
 from tuimig.core.state import KINDS, memory, threads
 from tuimig.core.state.base import Build, Call, Stage
-from tuimig.core.stub import DATA_OFFSET, SCRATCH, Image, Place, Spec, Stub
+from tuimig.core.stub import DATA_OFFSET, Image, Place, Stub
 from tuimig.core.syscalls import NR
 
 Notify = Callable[[str], None]
 
-_SPARE: Final = 64 << 10  # beside the scratch: room to put vdso and vvar aside
 _GONE_S: Final = 2.0
 _KEEP_EXE: Final = -1
-_FIRST_HELPER: Final = 3  # lowest number for descriptors that the copy has only while it is built
 
 
 @dataclass(slots=True)
@@ -52,6 +47,7 @@ class Copy:
     init_pidfd: int
     warnings: tuple[str, ...]
     filler: Filler | None  # None: no region is lazy
+    early: bool = False  # its skeleton was there before T0
 
     def fill_progress(self) -> FillProgress | None:
         return self.filler.progress() if self.filler else None
@@ -126,33 +122,58 @@ def build(
     may_run: Callable[[], None] = lambda: None,
     *,
     source_ends: bool = False,
+    skeleton: Skeleton | None = None,
 ) -> Copy:
     """Build the copy and let it run; its lazy pages come in meanwhile. `notify` gets warnings.
 
     `source_ends`: the source will not run beside the copy.
+    `skeleton`: used where it fits; ended in any other case.
     `may_run` is called when only the last step is left; it returns when the copy may run, or raises.
 
     `spool` must outlive the copy's filler. Must be called from the thread that will use the Copy. Raises RebuildFailed
     or what the state kinds raise; nothing is left then.
     """
-    _check_host(manifest)
-    # timers are rebuilt by whether the clocks go on, which only the attempt to make a time namespace tells
-    for clocks_continue in (True, False):
-        prepared = _prepare(manifest, options, clocks_continue, source_ends)
-        try:
-            with _spawn(prepared, manifest, options) as stub:
-                if stub.time_errno:
-                    refusal = os.strerror(stub.time_errno)
-                    continue
-                copy = _Builder(stub, prepared, manifest, spool, options).run(may_run)
-        finally:
-            prepared.close()
-        break
-    if not clocks_continue:
-        notify(f"the copy's monotonic clock is this host's: a time namespace was refused ({refusal})")
+    try:
+        copy, refused = _build(manifest, spool, options, may_run, source_ends, skeleton)
+    finally:
+        if skeleton is not None:
+            skeleton.close()
+    if refused:
+        notify(f"the copy's monotonic clock is this host's: a time namespace was refused ({os.strerror(refused)})")
     for warning in copy.warnings:
         notify(warning)
     return copy
+
+
+def _build(
+    manifest: Manifest,
+    spool: Spool,
+    options: Options,
+    may_run: Callable[[], None],
+    source_ends: bool,
+    skeleton: Skeleton | None,
+) -> tuple[Copy, int]:
+    """The copy, and why its clocks do not go on from T0 (an errno); 0: they do."""
+    _check_host(manifest)
+    # timers are rebuilt by whether the clocks go on, which only the attempt to make a time namespace tells
+    refused = 0
+    while True:
+        prepared = _prepare(manifest, options, not refused, source_ends)
+        try:
+            try:
+                held = _hold(prepared, manifest, options, skeleton)
+            except TuimigError:
+                if skeleton is None or skeleton.stub is None:
+                    raise
+                skeleton.close()  # what it did not manage may well go from nothing
+                continue
+            with held.stub as stub:
+                if stub.time_errno:
+                    refused = stub.time_errno
+                    continue
+                return _Builder(held, prepared, manifest, spool, options).run(may_run), refused
+        finally:
+            prepared.close()
 
 
 def warm_up() -> None:
@@ -160,8 +181,8 @@ def warm_up() -> None:
     msgspec.json.Decoder(Manifest)
     for kind in KINDS:
         msgspec.json.Decoder(kind.Section)
-    os.close(_open_init())
-    _own_ranges()
+    os.close(spawning.open_init())
+    spawning.own_ranges()
 
 
 # ---------------------------------------------------------------- before anything is built
@@ -188,7 +209,7 @@ def _prepare(manifest: Manifest, options: Options, clocks_continue: bool, source
                 f"it holds state of unknown kinds: {', '.join(sorted(unknown))}",
                 cure="Restore it with the tuimig version that took it",
             )
-        mapping = layout.plan(manifest)
+        mapping = layout.plan(manifest.regions)
         plan.warnings += mapping.warnings
         for kind in KINDS:
             sections[kind.name] = section = _section(manifest, kind)
@@ -215,7 +236,7 @@ def _section(manifest: Manifest, kind: Any) -> Any:
 
 def _open_exe(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not for a pipe that has taken its name
     except OSError as error:
         raise RebuildFailed(
             "cannot open the program",
@@ -229,108 +250,61 @@ def _open_exe(path: str) -> int:
 # ---------------------------------------------------------------- the stub
 
 
-def _spawn(prepared: _Prepared, manifest: Manifest, options: Options) -> Stub:
-    """Under the same id where it is free, else in a PID namespace of its own, as the options allow."""
-    subject = f"copy of {manifest.process.comm} ({manifest.process.pid})"
-    wanted = options.pid_namespace
-    taken = [t.tid for t in manifest.threads if Path(f"/proc/{t.tid}").exists()]
-    if wanted == "host" and taken:
-        raise RebuildFailed(
-            f"process id {taken[0]} is taken here",
-            subject=subject,
-            cure="End the process that has it, or use `--pid-namespace new`",
-        )
-    if wanted not in ("auto", "new", "host"):
-        raise UsageError(f"`{wanted}` is no choice of --pid-namespace", cure="Choose auto, new or host")
-    if wanted == "host" or (wanted == "auto" and not taken):
-        try:
-            return Stub(_spec(prepared, manifest, False), subject)
-        except RebuildFailed as error:  # an id was taken meanwhile, or is a group's or session's
-            if wanted == "host" or error.syscall != "clone3":
-                raise
-    return Stub(_spec(prepared, manifest, True), subject)
+@dataclass(slots=True)
+class _Held:
+    """The stub with its descriptors in place."""
+
+    stub: Stub
+    helpers: dict[int, int]  # our descriptors that it needs while it is built -> its numbers
+    early: bool  # its memory is laid out
 
 
-def _helpers(prepared: _Prepared) -> dict[int, int]:
-    """Our descriptors that the copy needs while it is built -> numbers that it does not use itself."""
-    numbers: dict[int, int] = {}
-    number = _FIRST_HELPER
-    for fd in [prepared.exe_fd, *(m.fd for m in prepared.mapping.mapped if m.fd >= 0)]:
-        if fd in numbers:
-            continue
-        while number in prepared.build.placed:
-            number += 1
-        numbers[fd] = number
-        number += 1
-    return numbers
+def _hold(prepared: _Prepared, manifest: Manifest, options: Options, skeleton: Skeleton | None) -> _Held:
+    if skeleton is not None and skeleton.stub is not None:
+        if held := _from_skeleton(prepared, manifest, options, skeleton):
+            return held
+        skeleton.close()  # its id is wanted
+    return _from_nothing(prepared, manifest, options)
 
 
-def _unused(used: Iterable[int]) -> int:
-    taken, number = set(used), _FIRST_HELPER
-    while number in taken:
-        number += 1
-    return number
-
-
-def _own_ranges() -> list[tuple[int, int]]:
-    return [(r.start, r.end) for r in parse_maps(Path("/proc/self/maps").read_bytes())]
-
-
-def _spec(prepared: _Prepared, manifest: Manifest, new_namespace: bool) -> Spec:
-    helpers = _helpers(prepared)
+def _places(prepared: _Prepared, helpers: Mapping[int, int]) -> list[Place]:
     placed = prepared.build.placed
     places = [Place(number, fd, cloexec) for number, (fd, cloexec) in placed.items()]
-    places += [Place(number, fd, True) for fd, number in helpers.items()]
-    init_fd = -1
-    if new_namespace:
-        init_fd = _open_init()
-        prepared.owned.append(init_fd)
-    theirs = [(r.start, r.end) for r in manifest.regions]
-    return Spec(
+    return places + [Place(number, fd, True) for fd, number in helpers.items()]
+
+
+def _setup(prepared: _Prepared) -> list[Call]:
+    return [call for _, call in prepared.build.calls.get(Stage.SETUP, [])]
+
+
+def _from_skeleton(prepared: _Prepared, manifest: Manifest, options: Options, skeleton: Skeleton) -> _Held | None:
+    if not prepared.build.clocks_continue or not prepared.mapping.lazy:
+        return None
+    setup, missing = _setup(prepared), skeleton.missing(prepared.mapping)
+    fds = [prepared.exe_fd, *(m.fd for m in missing if m.fd >= 0)]
+    helpers = spawning.helpers(fds, prepared.build.placed)
+    places = _places(prepared, helpers)
+    if not skeleton.fits(manifest, options, [place.number for place in places], setup):
+        return None
+    return _Held(skeleton.complete(prepared.mapping, missing, places, helpers, setup), helpers, True)
+
+
+def _from_nothing(prepared: _Prepared, manifest: Manifest, options: Options) -> _Held:
+    mapping = prepared.mapping
+    fds = [prepared.exe_fd, *(m.fd for m in mapping.mapped if m.fd >= 0)]
+    helpers = spawning.helpers(fds, prepared.build.placed)
+    wanted = spawning.Wanted(
+        subject=f"copy of {manifest.process.comm} ({manifest.process.pid})",
         pid=manifest.process.pid,
-        new_namespace=new_namespace,
-        init_fd=init_fd,
-        scratch=layout.free_range(SCRATCH + _SPARE, theirs, _own_ranges()),
-        places=places,
-        setup=[call for _, call in prepared.build.calls.get(Stage.SETUP, [])],
-        uffd_number=_unused([*placed, *helpers.values()]),
-        uffd_features=lib.tm_fill_features() if prepared.mapping.lazy else 0,
-        time_offsets=_time_offsets(manifest.clocks) if prepared.build.clocks_continue else "",
+        tids=[thread.tid for thread in manifest.threads],
+        ranges=[(r.start, r.end) for r in manifest.regions],
+        places=_places(prepared, helpers),
+        setup=_setup(prepared),
+        uffd_number=spawning.unused([*prepared.build.placed, *helpers.values()]),
+        lazy=bool(mapping.lazy),
+        offsets=spawning.time_offsets(manifest.clocks) if prepared.build.clocks_continue else None,
     )
-
-
-def _open_init() -> int:
-    path = Path(native.__file__).parent / "tuimig-init"
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise RebuildFailed(
-            "the init program for PID namespaces is missing",
-            subject=str(path),
-            syscall="open",
-            errno=error.errno or 0,
-            cure="Build it with `make build`, or use `--pid-namespace host`",
-        ) from None
-
-
-def _time_offsets(clocks: Clocks) -> str:
-    """Text for timens_offsets by which the copy's clocks go on from T0.
-
-    The kernel counts from the host's clocks, so what our own namespace adds is taken off.
-    """
-    ours = {"monotonic": 0, "boottime": 0}
-    try:
-        for line in Path("/proc/self/timens_offsets").read_text().splitlines():
-            name, seconds, nanoseconds = line.split()
-            ours[name] = int(seconds) * 10**9 + int(nanoseconds)
-    except FileNotFoundError:  # a kernel without time namespaces: nothing is added, and the stub's maker says so
-        pass
-    text = ""
-    now = {"monotonic": time.CLOCK_MONOTONIC, "boottime": time.CLOCK_BOOTTIME}
-    for name, wanted in (("monotonic", clocks.monotonic_ns), ("boottime", clocks.boottime_ns)):
-        offset = wanted - (time.clock_gettime_ns(now[name]) - ours[name])
-        text += f"{name} {offset // 10**9} {offset % 10**9}\n"
-    return text
+    return _Held(spawning.spawn(wanted, options.pid_namespace), helpers, False)
 
 
 # ---------------------------------------------------------------- the stub becomes the copy
@@ -344,14 +318,15 @@ def _is_our_program(exe_fd: int) -> bool:
 class _Builder:
     """Turns a spawned stub into the running copy, step by step."""
 
-    def __init__(self, stub: Stub, prepared: _Prepared, manifest: Manifest, spool: Spool, options: Options) -> None:
-        self._stub = stub
+    def __init__(self, held: _Held, prepared: _Prepared, manifest: Manifest, spool: Spool, options: Options) -> None:
+        self._stub = held.stub
+        self._early = held.early
         self._prepared = prepared
         self._manifest = manifest
         self._spool = spool
         self._full = options.full
         self._filler: Filler | None = None
-        self._helpers = _helpers(prepared)
+        self._helpers = held.helpers
         self._subject = f"copy of {manifest.process.comm} ({manifest.process.pid})"
         files = {m.region.start: m.fd for m in prepared.mapping.mapped if m.fd >= 0}
         self._t0 = t0.Memory(manifest, spool, files)
@@ -360,7 +335,9 @@ class _Builder:
         stub = self._stub
         try:
             stub.pin(True)
-            self._lay_out()
+            if not self._early:
+                lay_out(stub, self._manifest.regions, self._prepared.mapping, self._helpers)
+            self._describe_memory()
             for content in self._prepared.mapping.contents:
                 self._spool.require(content.first_page, content.n_pages)
             stub.write(self._spool, self._prepared.mapping.contents)
@@ -415,33 +392,13 @@ class _Builder:
     def _run_leader(self, calls: Iterable[Call]) -> None:
         self._stub.run([(0, call) for call in calls])
 
-    def _lay_out(self) -> None:
-        """Replace the stub's memory by the copy's regions, and describe it to the kernel."""
-        scratch = (self._scratch, self._scratch + SCRATCH)
-        regions = parse_maps(Path(f"/proc/{self._stub.pid}/maps").read_bytes())
-        ours = [
-            layout.KernelRegion(r.path, r.start, r.end)
-            for r in regions
-            if r.kind is Kind.KERNEL and r.path != "[vsyscall]"
-        ]
-        theirs = [
-            layout.KernelRegion(r.path, r.start, r.end)
-            for r in self._manifest.regions
-            if r.kind == Kind.KERNEL.value and r.path != "[vsyscall]"
-        ]
-        calls = layout.clear_calls([scratch, *((r.start, r.end) for r in ours)])
-        calls += layout.move_calls(ours, theirs, scratch[1])
-        calls += self._prepared.mapping.calls(self._helpers)
+    def _describe_memory(self) -> None:
+        """To the kernel; from then on the files are not needed."""
         # The kernel refuses to replace the program while its file is mapped: where the copy runs the same one it stays.
         exe = _KEEP_EXE if _is_our_program(self._prepared.exe_fd) else self._helpers[self._prepared.exe_fd]
-        self._run_leader(calls)
         # alone: only then its data, with pointers inside, lies at the scratch's beginning
-        self._run_leader([memory.mm_map_call(self._prepared.memory, exe, self._scratch + DATA_OFFSET)])
+        self._run_leader([memory.mm_map_call(self._prepared.memory, exe, self._stub.scratch + DATA_OFFSET)])
         self._run_leader(Call(f"close helper {n}", NR["close"], (n,)) for n in self._helpers.values())
-
-    @property
-    def _scratch(self) -> int:
-        return self._stub.scratch
 
     def _start_filler(self) -> None:
         """Where regions are lazy; with everything in that must be there before the copy runs."""
@@ -543,4 +500,5 @@ class _Builder:
             init_pidfd=os.dup(stub.init_pidfd) if stub.init_pid else -1,
             warnings=tuple(self._prepared.build.warnings),
             filler=self._filler,
+            early=self._early,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +19,9 @@ import msgspec
 from tuimig import __version__
 from tuimig.core import procfs, restarted
 from tuimig.core.errors import TargetGone, Unsupported
-from tuimig.core.manifest import FORMAT, Clocks, Host, Manifest, Process, RegionEntry, ThreadEntry
+from tuimig.core.manifest import FORMAT, Clocks, Host, Manifest, Outline, Process, RegionEntry, ThreadEntry
 from tuimig.core.model import PAGE, Kind, Plan, Region, Treatment
-from tuimig.core.source import RegionAtT0, Source
+from tuimig.core.source import Source
 from tuimig.core.state import KINDS
 from tuimig.core.state.base import Frozen, Look, Probe
 
@@ -45,7 +46,17 @@ def manifest(source: Source, look: Look, plan: Plan, pages_size: int) -> Manifes
     inner = _inner_ids(look.pid, [thread.host_tid for thread in threads])
     threads = [msgspec.structs.replace(thread, tid=inner[thread.host_tid]) for thread in threads]
     known = _Known(look, plan)
-    regions = [_region(entry, look.pid, known) for entry in source.regions()]
+    regions = [
+        _region(
+            entry.region,
+            entry.treatment,
+            entry.slot if entry.treatment is not Treatment.NONE else None,
+            look.pid,
+            known,
+            huge=entry.huge,
+        )
+        for entry in source.regions()
+    ]
     _, frozen_ns = source.times()
     return Manifest(
         format=FORMAT,
@@ -61,6 +72,23 @@ def manifest(source: Source, look: Look, plan: Plan, pages_size: int) -> Manifes
         state=_sections(frozen, subject),
         frozen_us=frozen_ns // 1000,
     )
+
+
+def outline(look: Look, plan: Plan) -> tuple[Outline, int]:
+    """What is known of it while it runs, and our CLOCK_MONOTONIC when its clocks were read; it may change meanwhile."""
+    pid = look.pid
+    inner = _inner_ids(pid, look.tids)
+    clocks = Clocks(time.time_ns(), time.monotonic_ns(), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+    known = _Known(look, plan)
+    regions = [_region(d.region, d.treatment, None, pid, known) for d in plan.decisions]
+    outlined = Outline(
+        clocks=_as_the_target_reads(clocks, pid),
+        process=_process(pid, inner[pid], look.status.get("Name", "")),
+        regions=regions,
+        tids=[inner[pid], *(inner[tid] for tid in look.tids if tid != pid)],
+        descriptors=sorted(look.descriptors),
+    )
+    return outlined, clocks.monotonic_ns
 
 
 def _sections(frozen: Frozen, subject: str) -> dict[str, msgspec.Raw]:
@@ -166,8 +194,9 @@ class _Known:
         return self._rules.get(region.start, APPEARED) if region else APPEARED
 
 
-def _region(entry: RegionAtT0, pid: int, known: _Known) -> RegionEntry:
-    region = entry.region
+def _region(
+    region: Region, treatment: Treatment, slot: int | None, pid: int, known: _Known, *, huge: bool = False
+) -> RegionEntry:
     before = known.region(region)
     size, mtime = _file_identity(pid, region)
     return RegionEntry(
@@ -179,14 +208,14 @@ def _region(entry: RegionAtT0, pid: int, known: _Known) -> RegionEntry:
         inode=region.inode,
         path=region.path,
         kind=region.kind.value,
-        treatment=entry.treatment.value,
+        treatment=treatment.value,
         rule=known.rule(before),
         flags=sorted(before.flags - UFFD_FLAGS) if before else _flags_now(pid, region),
-        slot=entry.slot if entry.treatment is not Treatment.NONE else None,
+        slot=slot,
         whole=region.kind is not Kind.FILE,
         pages=0,
         digest="",
-        huge=entry.huge,
+        huge=huge,
         file_size=size,
         file_mtime_ns=mtime,
     )

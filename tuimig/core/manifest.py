@@ -114,6 +114,16 @@ class Manifest(Strict, frozen=True):
         return Plan(tuple(Decision(_region(r), Treatment(r.treatment), r.rule, "") for r in self.regions))
 
 
+class Outline(Strict, frozen=True):
+    """A process before T0, as far as a place for it can be prepared: anything may be different at T0."""
+
+    clocks: Clocks
+    process: Process
+    regions: list[RegionEntry]  # without a slot
+    tids: list[int]  # innermost PID namespace, the leader first
+    descriptors: list[int]
+
+
 def _region(entry: RegionEntry) -> Region:
     return Region(
         start=entry.start,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tuimig.core.errors import RebuildFailed
-from tuimig.core.manifest import Manifest, RegionEntry
+from tuimig.core.manifest import RegionEntry
 from tuimig.core.model import PAGE, Kind, Treatment
 from tuimig.core.state.base import Call
 from tuimig.core.stub import Content
@@ -64,7 +64,7 @@ class Mapping:
 
     def calls(self, numbers: dict[int, int]) -> list[Call]:
         """Map everything. `numbers`: our descriptor -> the copy's number for it meanwhile."""
-        return [call for m in self.mapped for call in _map_calls(m, numbers.get(m.fd, -1))]
+        return [call for m in self.mapped for call in map_calls(m, numbers.get(m.fd, -1))]
 
     def late_calls(self) -> list[Call]:
         """What must wait until content is written and lazy regions are registered: protection, locks and seals."""
@@ -76,16 +76,16 @@ class Mapping:
         self.fds.clear()
 
 
-def plan(manifest: Manifest) -> Mapping:
+def plan(regions: Sequence[RegionEntry]) -> Mapping:
     """Open and check what is mapped. RebuildFailed names the region and the file."""
     mapping = Mapping()
     files: dict[tuple[str, int], int] = {}
     try:
-        for index, region in enumerate(manifest.regions):
+        for index, region in enumerate(regions):
             kind = Kind(region.kind)
             if kind is Kind.KERNEL:
                 continue
-            mapping.mapped.append(_plan_region(manifest, region, kind, mapping, files))
+            mapping.mapped.append(_plan_region(regions, region, kind, mapping, files))
             _plan_content(region, index, kind, mapping)
     except BaseException:
         mapping.close()
@@ -94,7 +94,7 @@ def plan(manifest: Manifest) -> Mapping:
 
 
 def _plan_region(
-    manifest: Manifest, region: RegionEntry, kind: Kind, mapping: Mapping, files: dict[tuple[str, int], int]
+    regions: Sequence[RegionEntry], region: RegionEntry, kind: Kind, mapping: Mapping, files: dict[tuple[str, int], int]
 ) -> Mapped:
     if kind is Kind.DEVICE:
         raise RebuildFailed("memory of a device cannot be mapped again", subject=_label(region))
@@ -116,7 +116,7 @@ def _plan_region(
         _check_identity(region, kind, fd)
         return Mapped(region, flags | (MAP_SHARED if kind is Kind.SHARED_FILE else MAP_PRIVATE), fd, region.offset)
     if kind is Kind.SHARED_ANON:
-        return Mapped(region, flags | MAP_SHARED, _backing(manifest, region, mapping), region.offset)
+        return Mapped(region, flags | MAP_SHARED, _backing(regions, region, mapping), region.offset)
     if "gd" in region.flags or kind is Kind.STACK:
         flags |= MAP_GROWSDOWN
     flags |= MAP_DROPPABLE if "dp" in region.flags else MAP_PRIVATE
@@ -138,7 +138,9 @@ def _plan_content(region: RegionEntry, index: int, kind: Kind, mapping: Mapping)
 
 def _open(region: RegionEntry, mode: int) -> int:
     try:
-        return os.open(region.path, mode | os.O_CLOEXEC | os.O_NOCTTY)
+        if not stat.S_ISREG(os.stat(region.path).st_mode):  # to open a device may do something
+            raise RebuildFailed("it is not a regular file any more", subject=region.path)
+        return os.open(region.path, mode | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
         raise RebuildFailed(
             f"cannot open the file mapped at {region.start:#x}",
@@ -175,11 +177,11 @@ def _check_identity(region: RegionEntry, kind: Kind, fd: int) -> None:
         )
 
 
-def _backing(manifest: Manifest, region: RegionEntry, mapping: Mapping) -> int:
+def _backing(regions: Sequence[RegionEntry], region: RegionEntry, mapping: Mapping) -> int:
     """Our descriptor of a new object of shared memory, one for all regions that had the same one at T0."""
     key = (region.dev, region.inode)
     if key not in mapping.shared:
-        same = [r for r in manifest.regions if r.kind == Kind.SHARED_ANON.value and (r.dev, r.inode) == key]
+        same = [r for r in regions if r.kind == Kind.SHARED_ANON.value and (r.dev, r.inode) == key]
         size = max([r.offset + r.size for r in same] + [r.file_size for r in same])
         if region.path.startswith("/memfd:"):
             name = region.path.removeprefix("/memfd:").removesuffix(" (deleted)")
@@ -223,7 +225,8 @@ def _was_writable(region: RegionEntry) -> bool:
     return "ac" in region.flags and not region.perms.endswith("s") and "w" not in region.perms
 
 
-def _map_calls(m: Mapped, number: int) -> Iterator[Call]:
+def map_calls(m: Mapped, number: int) -> Iterator[Call]:
+    """`number`: the copy's descriptor of its file."""
     region, label = m.region, _label(m.region)
     protection = _protection(region)
     if _was_writable(region):

@@ -279,6 +279,7 @@ class Report:
     destination: str | None = None  # of a clone or move across hosts; the ids below are as seen there then
     bytes_sent: int | None = None  # on the wire
     precopy_sent: int = 0  # of them, before T0
+    skeleton: bool = False  # the copy's memory was laid out there before T0
     stream_bytes: tuple[int, ...] = ()  # of them, by stream; the first one is the demand stream
     packed_bytes: int = 0  # compressed payload
     unpacked_bytes: int = 0  # the same before compression

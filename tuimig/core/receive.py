@@ -34,9 +34,10 @@ from tuimig.core.errors import (
     Unsupported,
 )
 from tuimig.core.journal import Journal
-from tuimig.core.manifest import Manifest
+from tuimig.core.manifest import Manifest, Outline
 from tuimig.core.model import PAGE, Options, PortMap
-from tuimig.core.snapshot.validate import fault
+from tuimig.core.skeleton import Skeleton, sketch
+from tuimig.core.snapshot.validate import fault, outline_fault
 from tuimig.core.stream import DEMAND, PAGES, Arrival, ArrivingSpool
 
 STATUS_S: Final = 0.2
@@ -45,6 +46,7 @@ KINDS: Final = {"demand": DEMAND, "pages": PAGES}
 NO_DIGEST: Final = "0" * 32
 MOST_STREAMS: Final = 40  # of one attempt, and those that are made for the next one
 RECORDS_MOST: Final = 1 << 19
+AGE_MOST_NS: Final = 60 * 10**9  # of an outline; what claims more is of another clock
 FIRST_WAIT_S: Final = 120.0  # for a source that has said Open and nothing else
 
 
@@ -118,6 +120,7 @@ class Receiver:
     _most: int = 0  # pages of before T0
     _known: int = 0  # pages that the process had when it was looked at
     _early: _Pages | None = None  # of an attempt that is to have its image yet
+    _skeleton: Skeleton | None = None  # of the same
     _attempt: _Attempt | None = None
     _next: wire.Image | None = None
     _caller: Caller | None = None  # of the control connection, where it is not the first one
@@ -181,6 +184,7 @@ class Receiver:
             init_pid=copy.init_pid or 0,
             first_ns=copy.first_instruction_ns,
             warnings=list(copy.warnings)[:1000],
+            early=copy.early,
         )
         self._send(attempt.running)
         if self._journal:
@@ -199,6 +203,7 @@ class Receiver:
             self._drop_early()
         pages, self._early = self._early, None
         if pages is None:
+            self._drop_skeleton()
             pages = _Pages.make(image.epoch, n_pages, self._meanwhile)
         try:
             pages.arrival.expect(n_pages, image.expected, image.kept)
@@ -216,10 +221,24 @@ class Receiver:
         self._early = _Pages.make(message.epoch, message.pages, self._meanwhile, message.most)
         self._adopt_streams()
 
+    def _sketch(self, message: wire.Sketch) -> None:
+        """Lay its memory out while the pages come."""
+        self._drop_skeleton()
+        outline = _outline(message.outline)
+        assert self._settings is not None
+        age_ns = time.monotonic_ns() - message.at_ns
+        self._skeleton = sketch(outline, _options(self._settings), age_ns if 0 < age_ns < AGE_MOST_NS else 0)
+
     def _drop_early(self) -> None:
         if self._early is not None:
             self._early.close()
             self._early = None
+        self._drop_skeleton()
+
+    def _drop_skeleton(self) -> None:
+        if self._skeleton is not None:
+            self._skeleton.close()
+            self._skeleton = None
 
     def _build(self, attempt: _Attempt) -> Copy:
         assert self._settings is not None
@@ -228,9 +247,15 @@ class Receiver:
             process = attempt.manifest.process
             self._journal = Journal(self.first.session, "destination", comm=process.comm, inner_pid=process.pid)
         self._status("restore")
-        alone = self._settings.verb == "move"
+        skeleton, self._skeleton = self._skeleton, None
         return destination.build(
-            attempt.manifest, attempt.pages.spool, options, self.notify, self._may_run, source_ends=alone
+            attempt.manifest,
+            attempt.pages.spool,
+            options,
+            self.notify,
+            self._may_run,
+            source_ends=self._settings.verb == "move",
+            skeleton=skeleton,
         )
 
     def _may_run(self) -> None:
@@ -420,6 +445,9 @@ class Receiver:
                     raise ProtocolError("the source announces pages of another attempt beside this one")
                 if self._early is None or message.epoch > self._early.epoch:  # else it was on its way twice
                     self._precopy(message)
+            case wire.Sketch() if self._settings is not None:
+                if self._early is not None and message.epoch == self._early.epoch:
+                    self._sketch(message)
             case wire.Image() if self._settings is not None:
                 if attempt is not None and message.epoch <= attempt.image.epoch:
                     return  # it was on its way twice
@@ -548,6 +576,16 @@ def _manifest(data: bytes) -> Manifest:
     if wrong := fault(manifest):
         raise ProtocolError(f"the source's manifest makes no sense: {wrong}")
     return manifest
+
+
+def _outline(data: bytes) -> Outline:
+    try:
+        outline = msgspec.json.decode(data, type=Outline)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"the source's outline is malformed: {error}") from None
+    if wrong := outline_fault(outline):
+        raise ProtocolError(f"the source's outline makes no sense: {wrong}")
+    return outline
 
 
 def _check_places(manifest: Manifest, expected: bytes) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from tuimig.core import hello, precopy, procfs, stream, wire
+from tuimig.core import dump, hello, precopy, procfs, stream, wire
 from tuimig.core.control import SILENCE_S
 from tuimig.core.errors import (
     Cancelled,
@@ -41,6 +41,7 @@ from tuimig.core.model import (
     Note,
     Options,
     Phase,
+    Plan,
     Progress,
     Report,
 )
@@ -169,6 +170,7 @@ class _Relay(Relay):
         self._epoch = 0
         self._sender: stream.Sender | None = None
         self._early_most = early_most
+        self._sketch: wire.Sketch | None = None  # of the process before T0
         self._early: wire.Precopy | None = None  # pages of before T0 go over
         self._backlog: int | None = None  # pages to send, after the last round
         self._waits = True  # for the backlog
@@ -195,12 +197,18 @@ class _Relay(Relay):
         self._epoch += 1
         self.let_go()
         self._image = self._early = None
+        self._sketch = None
         self._early_bytes = 0
         self._backlog, self._waits = None, True
         self._go = self._built = False
         self._running = self._filled = None
         self._counters = self._source = None
         self._peer.prepare_streams(self._epoch)
+
+    def outlined(self, look: procfs.LiveLook, plan: Plan) -> None:
+        with contextlib.suppress(TuimigError, OSError, ValueError):  # what is in the way at T0 is said then
+            outline, at_ns = dump.outline(look, plan)
+            self._sketch = wire.Sketch(self._epoch, msgspec.json.encode(outline), at_ns + self._peer.clock_offset_ns)
 
     def precopying(self, spool: Spool) -> None:
         if self._sender is None:
@@ -209,6 +217,8 @@ class _Relay(Relay):
             self._early = wire.Precopy(self._epoch, spool.room, self._early_most)
             self._peer.give_streams(self._sender)
             self._send(self._early)
+            if self._sketch is not None:
+                self._send(self._sketch)
         self._step(0)
 
     def catches_up(self) -> bool:
@@ -602,6 +612,8 @@ class _Relay(Relay):
             self._peer.give_streams(self._sender)
             if not known:
                 self._peer.send(self._early)
+            if self._sketch is not None:
+                self._peer.send(self._sketch)
             return
         if not known or state.phase == "precopy":  # it has not got the image
             if not known:
@@ -657,6 +669,7 @@ class _Relay(Relay):
             else source.fault_us,
             bytes_sent=progress.bytes,
             precopy_sent=self._early_bytes,
+            skeleton=running.early,
             stream_bytes=progress.stream_bytes,
             packed_bytes=progress.packed_bytes,
             unpacked_bytes=progress.unpacked_bytes,

@@ -63,6 +63,9 @@ class Relay:
     def prepare(self) -> None:
         """Before the freeze."""
 
+    def outlined(self, look: procfs.LiveLook, plan: Plan) -> None:
+        """Rounds of pre-copy begin; this is what it looks like."""
+
     def precopying(self, spool: Spool) -> None:
         """Now and then while rounds of pre-copy go on; the spool has their pages."""
 
@@ -352,6 +355,7 @@ class Session:
     ) -> Precopy:
         """Copy while it runs, until the rule says that another round brings nothing."""
         self._enter("precopy")
+        self._relay.outlined(look, plan)
         look.release()
         source.begin_rounds(plan, policy, spool)
         rounds: list[Round] = []

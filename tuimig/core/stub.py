@@ -110,6 +110,7 @@ class Stub:
         self._subject = subject
         self.scratch = spec.scratch
         self.uffd_number = spec.uffd_number
+        self.new_namespace = spec.new_namespace
         self._native: Any = ffi.NULL
         self._info: Any = ffi.new("struct tm_stub_info *")
         self._tids: dict[int, int] = {}

@@ -16,7 +16,7 @@ from tuimig.core.errors import ProtocolError
 from tuimig.core.manifest import Strict
 from tuimig.core.model import PAGE
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAGIC: Final = b"TMIG"
 HEADER: Final = struct.Struct("<4sHHI")  # magic, version, zero, length of the body
 SMALL: Final = 4 << 20  # the most that any message but an Image may have
@@ -119,6 +119,17 @@ class Precopy(Message, frozen=True, tag="precopy"):
     most: Count
 
 
+class Sketch(Message, frozen=True, tag="sketch"):
+    """What the process looks like before T0, so that a place for it can be made: an Outline of the manifest.
+
+    `at_ns`: the destination's CLOCK_MONOTONIC when the outline's clocks were read, as far as the source can tell.
+    """
+
+    epoch: int
+    outline: bytes
+    at_ns: int
+
+
 class Image(Message, frozen=True, tag="image"):
     """T0: everything but the protected pages. `go`: it may run as soon as it is built.
 
@@ -176,6 +187,7 @@ class Running(Message, frozen=True, tag="running"):
     init_pid: int  # 0: none
     first_ns: int  # its first instruction, CLOCK_MONOTONIC there
     warnings: Annotated[list[Short], Meta(max_length=1000)]
+    early: bool = False  # its skeleton was there before T0
 
 
 class Figures(Strict, frozen=True):
@@ -244,7 +256,7 @@ class Beat(Message, frozen=True, tag="beat"):
     """A sign of life."""
 
 
-FromSource = Open | Hello | Precopy | Image | Abandon | Go | End
+FromSource = Open | Hello | Precopy | Sketch | Image | Abandon | Go | End
 FromDestination = Answer | Joined | Built | Running | Status | Filled | State | Failed
 Any = FromSource | FromDestination | Clock | Beat
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -307,6 +319,6 @@ def _decode(body: memoryview) -> Message:
         message: Message = _DECODER.decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(f"a message of the other side is malformed: {error}") from None
-    if not isinstance(message, Image) and len(body) > SMALL:
+    if not isinstance(message, (Image, Sketch)) and len(body) > SMALL:
         raise ProtocolError(f"a message of {len(body)} bytes is larger than its kind may be")
     return message

@@ -51,16 +51,31 @@ static int by_first_page(const void *a, const void *b) {
     return one->first_page < other->first_page ? -1 : one->first_page > other->first_page;
 }
 
+// From `page` on: the next run of pages with content, before `end`. Returns 0 where there is none.
+static uint64_t next_content(const struct tm_fill *fill, uint64_t *page, uint64_t end) {
+    uint64_t from = *page, to;
+    if (fill->arrival) {
+        const uint64_t *expected = tm_arrival_expected(fill->arrival);
+        from = tm_bits_next(expected, from, end);
+        to = tm_bits_next_clear(expected, from, end);
+    } else {
+        while (from < end && fill->sums[from] <= TM_SUM_ZERO) {
+            from++;
+        }
+        for (to = from; to < end && fill->sums[to] > TM_SUM_ZERO;) {
+            to++;
+        }
+    }
+    *page = from;
+    return to - from;
+}
+
 static int add_region(struct tm_fill *fill, struct tm_space *space, const struct tm_fill_region *region) {
     struct tm_extent extent = {
         .start = region->start, .end = region->end, .page = region->first_page, .region = region->region};
-    uint64_t pages = (region->end - region->start) >> TM_PAGE_SHIFT;
-    for (uint64_t page = region->first_page; page < region->first_page + pages; page++) {
-        int content =
-            fill->arrival ? tm_bits_test(tm_arrival_expected(fill->arrival), page) : fill->sums[page] > TM_SUM_ZERO;
-        if (content) {
-            tm_space_want(space, page);
-        }
+    uint64_t page = region->first_page, end = page + ((region->end - region->start) >> TM_PAGE_SHIFT);
+    for (uint64_t n; (n = next_content(fill, &page, end)); page += n) {
+        tm_space_want(space, page, n);
     }
     return tm_space_add(space, extent);
 }

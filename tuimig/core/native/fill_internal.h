@@ -62,7 +62,7 @@ int tm_space_unmapped(struct tm_space *space, uint64_t start, uint64_t end); // 
 int tm_space_moved(struct tm_space *space, uint64_t from, uint64_t to, uint64_t bytes);
 int tm_space_forget(struct tm_space *space, uint64_t start, uint64_t end); // not there; its pages may be elsewhere
 void tm_space_quiet(struct tm_space *space);                               // no event is outstanding
-void tm_space_want(struct tm_space *space, uint64_t page);
+void tm_space_want(struct tm_space *space, uint64_t first, uint64_t n);
 void tm_space_settle(struct tm_space *space, uint64_t page);
 int tm_space_is_settled(const struct tm_space *space, uint64_t page);
 uint64_t tm_space_next_wanted(const struct tm_space *space, uint64_t page, uint64_t end);  // end: none

@@ -30,10 +30,14 @@ void tm_space_settle(struct tm_space *space, uint64_t page) {
     }
 }
 
-void tm_space_want(struct tm_space *space, uint64_t page) {
-    if (tm_space_is_settled(space, page)) {
-        space->settled[page / WORD_BITS] &= ~(UINT64_C(1) << (page % WORD_BITS));
-        space->left++;
+void tm_space_want(struct tm_space *space, uint64_t first, uint64_t n) {
+    for (uint64_t at = first; at < first + n;) {
+        uint64_t take = min_of(WORD_BITS - at % WORD_BITS, first + n - at);
+        uint64_t mask = (take == WORD_BITS ? UINT64_MAX : (UINT64_C(1) << take) - 1) << (at % WORD_BITS);
+        uint64_t *word = &space->settled[at / WORD_BITS];
+        space->left += (uint64_t)__builtin_popcountll(*word & mask);
+        *word &= ~mask;
+        at += take;
     }
 }
 
@@ -276,7 +280,7 @@ static int add_where_free(struct tm_space *space, struct tm_extent extent) {
         struct tm_extent part = part_of(extent, start, stop);
         uint64_t end = part.page + pages_of(part.end - part.start);
         for (uint64_t page = part.page; page < end; page++) {
-            tm_space_want(space, page);
+            tm_space_want(space, page, 1);
         }
         if (!tm_space_add(space, part)) {
             return 0;

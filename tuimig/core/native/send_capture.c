@@ -11,16 +11,27 @@ struct runs {
     struct tm_run last;
 };
 
-static void add_page(struct runs *runs, uint64_t page) {
-    if (runs->last.n && runs->last.first + runs->last.n == page) {
-        runs->last.n++;
+static void add_run(struct runs *runs, uint64_t first, uint64_t n) {
+    if (runs->last.n && runs->last.first + runs->last.n == first) {
+        runs->last.n += n;
         return;
     }
     if (runs->last.n) {
         if (runs->n < runs->most) runs->out[runs->n] = runs->last;
         runs->n++;
     }
-    runs->last = (struct tm_run){page, 1};
+    runs->last = (struct tm_run){first, n};
+}
+
+// What is stored is told by its sum, what is still to be captured by its state.
+static void add_region(struct runs *runs, const struct region *region, const uint32_t *sums, const uint8_t *state) {
+    uint64_t pages = (region->face.end - region->face.start) >> TM_PAGE_SHIFT;
+    for (uint64_t page = 0; page < pages;) {
+        while (page < pages && (sums ? sums[page] == 0 : state[page] == 0)) page++;
+        uint64_t from = page;
+        while (page < pages && (sums ? sums[page] != 0 : state[page] != 0)) page++;
+        if (page > from) add_run(runs, region->first_page + from, page - from);
+    }
 }
 
 static int by_place(const void *left, const void *right) {
@@ -46,12 +57,9 @@ uint64_t tm_source_content(struct tm_source *source, int eager_only, struct tm_r
     if (!regions) return UINT64_MAX;
     for (uint32_t i = 0; i < n_regions; i++) {
         const struct region *region = regions[i];
-        uint64_t pages = (region->face.end - region->face.start) >> TM_PAGE_SHIFT;
         bool eager = region->face.treatment == TM_EAGER, stored = eager || region->precopied;
         if (!eager && (eager_only || !(region->precopied || region->state))) continue;
-        for (uint64_t page = 0; page < pages; page++)
-            if (stored ? sums[region->first_page + page] != 0 : region->state[page] != 0)
-                add_page(&runs, region->first_page + page);
+        add_region(&runs, region, stored ? sums + region->first_page : NULL, region->state);
     }
     free(regions);
     if (runs.last.n) {

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Final
 
-from tuimig.core.manifest import FORMAT, Manifest, RegionEntry, ThreadEntry
+from tuimig.core.manifest import FORMAT, Manifest, Outline, Process, RegionEntry, ThreadEntry
 from tuimig.core.model import PAGE, Kind, Treatment
 
 USER_END: Final = (1 << 56) - PAGE  # five-level page tables; with four levels mmap refuses the rest
@@ -19,6 +19,7 @@ PID_LIMIT: Final = 1 << 22
 PAGES_LIMIT: Final = 1 << 47
 REGION_LIMIT: Final = 1 << 20
 THREAD_LIMIT: Final = 1 << 17
+DESCRIPTOR_LIMIT: Final = 1 << 30
 REGS_SIZE: Final = 27 * 8  # struct user_regs_struct
 XSTATE_SIZES: Final = range(512 + 64, 64 << 10)  # legacy area and header, up to AMX and beyond
 SIGINFO_SIZE: Final = 128
@@ -34,6 +35,11 @@ _TREATMENTS = frozenset(treatment.value for treatment in Treatment)
 def fault(manifest: Manifest) -> str | None:
     """A clause that says what is wrong with it, None where nothing is."""
     return next(_faults(manifest), None)
+
+
+def outline_fault(outline: Outline) -> str | None:
+    """The same of an outline."""
+    return next(_outline_faults(outline), None)
 
 
 def slots(regions: Sequence[RegionEntry]) -> list[tuple[int, int, int]]:
@@ -63,13 +69,26 @@ def _faults(m: Manifest) -> Iterator[str]:
         yield "one of its times is out of range"
     if not 0 <= m.host.xfeatures < WORD:
         yield "its processor features are out of range"
-    yield from _process(m)
-    yield from _regions(m)
+    yield from _process(m.process)
+    yield from _regions(m.regions, m.pages_size)
     yield from _threads(m)
 
 
-def _process(m: Manifest) -> Iterator[str]:
-    p = m.process
+def _outline_faults(o: Outline) -> Iterator[str]:
+    times = (o.clocks.monotonic_ns, o.clocks.boottime_ns, o.clocks.realtime_ns)
+    if not all(0 <= time < WORD // 2 for time in times):
+        yield "one of its times is out of range"
+    yield from _process(o.process)
+    yield from _regions(o.regions, 0)
+    if not 0 < len(o.tids) <= THREAD_LIMIT or o.tids[0] != o.process.pid:
+        yield "its first thread does not lead it"
+    if not all(0 < tid <= PID_LIMIT for tid in o.tids):
+        yield "a thread id is impossible"
+    if not all(0 <= number < DESCRIPTOR_LIMIT for number in o.descriptors):
+        yield "a descriptor is impossible"
+
+
+def _process(p: Process) -> Iterator[str]:
     if not (0 < p.pid <= PID_LIMIT and 0 < p.host_pid <= PID_LIMIT):
         yield f"process id {p.pid} is impossible"
     if not all(0 <= i <= PID_LIMIT for i in (p.ppid, p.pgid, p.sid)):
@@ -78,20 +97,20 @@ def _process(m: Manifest) -> Iterator[str]:
         yield "the command line holds a NUL"
 
 
-def _regions(m: Manifest) -> Iterator[str]:
-    if len(m.regions) > REGION_LIMIT:
-        yield f"{len(m.regions)} regions are more than a process can have"
+def _regions(regions: Sequence[RegionEntry], pages_size: int) -> Iterator[str]:
+    if len(regions) > REGION_LIMIT:
+        yield f"{len(regions)} regions are more than a process can have"
     end = 0
-    for r in m.regions:
-        for clause in _region(r, m.pages_size):
+    for r in regions:
+        for clause in _region(r, pages_size):
             yield f"{label(r)}: {clause}"
         if r.start < end:
             yield f"{label(r)}: it overlaps the region before it, or is out of order"
         end = r.end
     place = 0
-    for start, stop, index in slots(m.regions):
+    for start, stop, index in slots(regions):
         if start < place:
-            yield f"{label(m.regions[index])}: its place in the pages overlaps another region's"
+            yield f"{label(regions[index])}: its place in the pages overlaps another region's"
         place = stop
 
 
@@ -106,7 +125,7 @@ def _region(r: RegionEntry, pages_size: int) -> Iterator[str]:
         yield f"its kind {r.kind[:40]!r} is unknown"
     if r.treatment not in _TREATMENTS:
         yield f"its treatment {r.treatment[:40]!r} is unknown"
-    if r.offset < 0 or r.offset >= WORD or r.offset % PAGE:
+    if r.offset < 0 or r.offset + r.size > WORD // 2 or r.offset % PAGE:
         yield f"its file offset {r.offset} is impossible"
     if not _DEVICE.fullmatch(r.dev) or not 0 <= r.inode < WORD or not -1 <= r.file_size < WORD // 2:
         yield "the identity of its file is impossible"

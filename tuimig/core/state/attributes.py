@@ -6,6 +6,7 @@ bind the rebuild itself. The copy leads a session of its own: a terminal's signa
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Callable, Mapping
@@ -143,7 +144,7 @@ class Attributes:
         def finish(what: str, name: str, *args: int | bytes) -> None:
             build.call(Stage.FINISH, Call(what, NR[name], args))
 
-        setup("lead a session of its own", "setsid")
+        setup("lead a session of its own", "setsid", allow=(errno.EPERM,))  # it does already
         setup(f"change to the working directory {section.cwd}", "chdir", os.fsencode(section.cwd) + b"\0")
         setup("set the umask", "umask", section.umask)
         if section.thp_disable:

@@ -106,9 +106,10 @@ class LocksKind:
             holder = fcntl.fcntl(fd, fcntl.F_GETLK, region)
             if struct.unpack_from("=h", holder)[0] != fcntl.F_UNLCK:
                 raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            # A record lock belongs to the process: the copy has to take it itself.
+            # A record lock belongs to the process: the copy has to take it itself. Closing any descriptor of the file
+            # would lose it again, so late, when those of the build are gone.
             call = Call(f"take the lock on descriptor {lock.number}", NR["fcntl"], (lock.number, fcntl.F_SETLK, region))
-            build.call(Stage.SETUP, call)
+            build.call(Stage.THREAD, call)
 
 
 KIND = LocksKind()
