@@ -29,6 +29,8 @@ AGAIN: Final = "Try again"
 APPEARED: Final = "appeared after the look"
 SLEEPING: Final = "dump.sleeping"  # a note from before the freeze
 XFEATURES: Final = slice(464, 472)  # where ptrace puts the feature mask in an xsave image
+XSTATE_IN_USE: Final = slice(512, 520)
+TILES: Final = 1 << 18
 UFFD_FLAGS: Final = frozenset({"um", "uw", "ui"})  # ours, while armed
 
 
@@ -43,6 +45,7 @@ def manifest(source: Source, look: Look, plan: Plan, pages_size: int) -> Manifes
     subject = f"process {look.pid}"
     frozen = source.frozen(look)
     threads = restarted.name_calls(source.threads(), look.notes[SLEEPING])
+    _check_tiles(threads, subject)
     inner = _inner_ids(look.pid, [thread.host_tid for thread in threads])
     threads = [msgspec.structs.replace(thread, tid=inner[thread.host_tid]) for thread in threads]
     known = _Known(look, plan)
@@ -72,6 +75,13 @@ def manifest(source: Source, look: Look, plan: Plan, pages_size: int) -> Manifes
         state=_sections(frozen, subject),
         frozen_us=frozen_ns // 1000,
     )
+
+
+def _check_tiles(threads: Sequence[ThreadEntry], subject: str) -> None:
+    """The kernel gives AMX tiles only to a thread that uses them by itself, so no copy can be given their content."""
+    for thread in threads:
+        if int.from_bytes(thread.xstate[XSTATE_IN_USE], "little") & TILES:
+            raise Unsupported(f"thread {thread.host_tid} computes with AMX tiles", subject=subject, cure=AGAIN)
 
 
 def outline(look: Look, plan: Plan) -> tuple[Outline, int]:

@@ -2,7 +2,9 @@
 // Below the thread's red zone lies a complete signal frame with its saved state, and rsp points to it: the instruction pair
 // `syscall; ret` returns into sigreturn code. If we are gone, the call returns, sigreturn restores the thread, and it goes on
 // with what it did. On the normal path the registers are set back by ptrace, at an event stop.
+#include <cpuid.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -30,6 +32,10 @@ struct fp_software {
     uint64_t xfeatures;
     uint32_t xstate_size;
 };
+
+#define XSAVE_HEADER 512
+#define XSAVE_LEAST 576
+enum { XSAVE_LEAF = 0xd, XFD = 4, EXTENDED_FIRST = 2, EXTENDED_END = 63 };
 
 enum { UC_SIGCONTEXT_SS = 2, UC_STRICT_RESTORE_SS = 4 };
 enum { STACK_FLAGS_INVALID = 4 }; // sigreturn squashes the error and leaves the alternate stack as it is
@@ -127,6 +133,42 @@ void frame_fill(struct kernel_sigframe *frame, const struct tm_source *source, c
         frame->context.ax = number_of_restarted(source, frame->context.ip);
 }
 
+struct component { // of an xsave image in the standard format; read once, as a virtual machine takes long to tell
+    uint32_t end;
+    bool asked_for; // a process has it only when it has asked for it
+};
+static struct component components[EXTENDED_END];
+static pthread_once_t components_read = PTHREAD_ONCE_INIT;
+
+static void read_components(void) {
+    for (uint32_t i = EXTENDED_FIRST; i < EXTENDED_END; i++) {
+        uint32_t bytes = 0, offset = 0, flags = 0, unused = 0;
+        if (!__get_cpuid_count(XSAVE_LEAF, i, &bytes, &offset, &flags, &unused)) return;
+        components[i] = (struct component){bytes ? offset + bytes : 0, flags & XFD};
+    }
+}
+
+// An image that is larger than what the thread has room for is restored without its vector registers, silently. ptrace gives
+// all that the processor has; what a process gets only when it asks for it (AMX tiles) is left out where it is not in use.
+static size_t frame_image(uint8_t *image, size_t size) {
+    pthread_once(&components_read, read_components);
+    uint64_t features, in_use;
+    memcpy(&features, image + FP_SOFTWARE_OFFSET, sizeof features); // ptrace puts the feature mask there
+    memcpy(&in_use, image + XSAVE_HEADER, sizeof in_use);
+    size_t end = XSAVE_LEAST;
+    for (uint32_t i = EXTENDED_FIRST; i < EXTENDED_END; i++) {
+        uint64_t bit = UINT64_C(1) << i;
+        if (components[i].asked_for && !(in_use & bit)) features &= ~bit;
+        if (features & bit && components[i].end > end) end = components[i].end;
+    }
+    end = end < size ? end : size;
+    const struct fp_software software = {FP_MAGIC1, (uint32_t)end + FP_MAGIC_SIZE, features, (uint32_t)end};
+    memcpy(image + FP_SOFTWARE_OFFSET, &software, sizeof software);
+    const uint32_t magic2 = FP_MAGIC2;
+    memcpy(image + end, &magic2, sizeof magic2);
+    return end;
+}
+
 int inject_begin(struct injection *in, struct tm_source *source, struct thread *thread, struct tm_error *error) {
     return inject_begin_with(in, source, thread, 0, error);
 }
@@ -142,7 +184,7 @@ int inject_begin_with(struct injection *in, struct tm_source *source, struct thr
         return tm_error_errno(error, "PTRACE_GETREGSET", "cannot read the extended state");
     if (ptrace(PTRACE_GETSIGMASK, thread->tid, (void *)8, &in->mask))
         return tm_error_errno(error, "PTRACE_GETSIGMASK", "cannot read the signal mask");
-    size_t xsize = area.iov_len;
+    size_t xsize = frame_image(image, area.iov_len);
     size_t need = RED_ZONE + xsize + FP_MAGIC_SIZE + 256 + 2 * sizeof(struct kernel_sigframe) + TM_CALL_BUFFER +
                   HELPER_ROOM + room;
     uint64_t top = thread->regs.rsp - RED_ZONE;
@@ -159,11 +201,6 @@ int inject_begin_with(struct injection *in, struct tm_source *source, struct thr
     in->buffer = frame_at - TM_CALL_BUFFER - 16;
     in->fpstate = fp;
 
-    struct fp_software software = {FP_MAGIC1, (uint32_t)xsize + FP_MAGIC_SIZE, 0, (uint32_t)xsize};
-    memcpy(&software.xfeatures, image + FP_SOFTWARE_OFFSET, 8); // ptrace puts the feature mask there
-    memcpy(image + FP_SOFTWARE_OFFSET, &software, sizeof software);
-    uint32_t magic2 = FP_MAGIC2;
-    memcpy(image + xsize, &magic2, sizeof magic2);
     struct kernel_sigframe frame;
     frame_fill(&frame, source, &thread->regs, in->mask, fp);
     struct iovec local[2] = {{&frame, sizeof frame}, {image, xsize + FP_MAGIC_SIZE}};
