@@ -25,7 +25,7 @@ __all__ = ["Probe", "check_look", "check_process", "probe_host", "refuse"]
 ELF_CLASS_32: Final = 1
 EM_X86_64: Final = 62
 SHADOW_STACK: Final = "ss"
-VFORK_PATIENCE_S: Final = 1.0  # a busy machine may take so long to run the child
+VFORK_PATIENCE_S: Final = 5.0  # a busy machine may keep the child waiting
 
 
 def check_process(pid: int, options: Options) -> list[Obstacle]:
@@ -166,7 +166,7 @@ def _shares_for_long(left: int, right: int) -> bool:
     while _same(left, right, KCMP_VM):
         if time.monotonic() > until:
             return True
-        time.sleep(VFORK_PATIENCE_S / 50)
+        time.sleep(0.02)
     return False
 
 
