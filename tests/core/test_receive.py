@@ -6,14 +6,17 @@ import os
 import socket
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from core.test_hostile_source import NO_WAIT, OPEN
 
-from tuimig.core import wire
+from tuimig.core import dump, wire
 from tuimig.core.control import Control
 from tuimig.core.door import Caller
 from tuimig.core.errors import ConnectionLost
+from tuimig.core.manifest import Clocks, Outline, Process, RegionEntry
 from tuimig.core.receive import Receiver
+from tuimig.core.remote import _Relay
 
 IMAGE = wire.Image(2, b"{}", b"", b"", go=False)
 
@@ -113,3 +116,15 @@ def test_streams_of_an_attempt_that_is_over_are_let_go_of(receiver: Receiver) ->
     receiver._dismiss(receiver._streams)
     for _, theirs in [*old, *new]:
         theirs.close()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_regions_that_were_read_while_they_changed_make_no_sketch(monkeypatch: pytest.MonkeyPatch, twice: bool) -> None:
+    """A region that moved meanwhile may be listed twice; the destination would refuse such an outline."""
+    entry = RegionEntry(0x10000, 0x14000, "rw-p", 0, "00:00", 0, "", "anon", "none", "test", [], None, True, 0, "")
+    process = Process(7, 7, 1, 7, 7, "churn", ["churn"], "/churn")
+    found = Outline(Clocks(1, 1, 1), process, [entry] * (1 + twice), [7], [0])
+    monkeypatch.setattr(dump, "outline", lambda *_: (found, 5))
+    relay = SimpleNamespace(_sketch=None, _epoch=1, _peer=SimpleNamespace(clock_offset_ns=2))
+    _Relay.outlined(relay, None, None)  # type: ignore[arg-type]
+    assert relay._sketch == (None if twice else wire.Sketch(1, msgspec.json.encode(found), 7))

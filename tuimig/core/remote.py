@@ -48,6 +48,7 @@ from tuimig.core.model import (
 from tuimig.core.peer import AGAIN_S, Peer, error_of
 from tuimig.core.policy import Policy
 from tuimig.core.session import Relay, Session, memory_file
+from tuimig.core.snapshot.validate import outline_fault
 from tuimig.core.source import Counters, Source
 from tuimig.core.spool import Spool
 from tuimig.core.transport import Destination
@@ -208,7 +209,9 @@ class _Relay(Relay):
     def outlined(self, look: procfs.LiveLook, plan: Plan) -> None:
         with contextlib.suppress(TuimigError, OSError, ValueError):  # what is in the way at T0 is said then
             outline, at_ns = dump.outline(look, plan)
-            self._sketch = wire.Sketch(self._epoch, msgspec.json.encode(outline), at_ns + self._peer.clock_offset_ns)
+            if outline_fault(outline) is None:  # a list of regions that was read while it changed may be none
+                at_ns += self._peer.clock_offset_ns
+                self._sketch = wire.Sketch(self._epoch, msgspec.json.encode(outline), at_ns)
 
     def precopying(self, spool: Spool) -> None:
         if self._sender is None:
