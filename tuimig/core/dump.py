@@ -161,25 +161,12 @@ def _inner_ids(pid: int, tids: Sequence[int]) -> Mapping[int, int]:
 
 
 def _as_the_target_reads(clocks: Clocks, pid: int) -> Clocks:
-    ours, its = _time_offsets("self"), _time_offsets(str(pid))
+    ours, its = procfs.time_offsets("self"), procfs.time_offsets(pid)
     return Clocks(
         realtime_ns=clocks.realtime_ns,
         monotonic_ns=clocks.monotonic_ns + its["monotonic"] - ours["monotonic"],
         boottime_ns=clocks.boottime_ns + its["boottime"] - ours["boottime"],
     )
-
-
-def _time_offsets(pid: str) -> dict[str, int]:
-    """Offsets of a process's time namespace, nanoseconds; all zero where the kernel has none."""
-    offsets = {"monotonic": 0, "boottime": 0}
-    try:
-        lines = Path(f"/proc/{pid}/timens_offsets").read_text().splitlines()
-    except FileNotFoundError:
-        return offsets
-    for line in lines:
-        name, seconds, nanoseconds = line.split()
-        offsets[name] = int(seconds) * 1_000_000_000 + int(nanoseconds)
-    return offsets
 
 
 class _Known:

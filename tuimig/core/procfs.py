@@ -365,3 +365,17 @@ def _readable(pid: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def time_offsets(pid: int | str) -> dict[str, int]:
+    """Offsets of a process's time namespace, nanoseconds; all zero where the kernel has none."""
+    offsets = {"monotonic": 0, "boottime": 0}
+    try:
+        with open(f"/proc/{pid}/timens_offsets", encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return offsets
+    for line in lines:
+        name, seconds, nanoseconds = line.split()
+        offsets[name] = int(seconds) * 10**9 + int(nanoseconds)
+    return offsets

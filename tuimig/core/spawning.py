@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from tuimig.core import mapping as layout
-from tuimig.core import native
+from tuimig.core import native, procfs
 from tuimig.core.engine import lib
 from tuimig.core.errors import RebuildFailed, UsageError
 from tuimig.core.manifest import Clocks
@@ -134,13 +134,7 @@ def time_offsets(clocks: Clocks) -> dict[str, int]:
 
 def clocks_with(offsets: dict[str, int]) -> dict[str, int]:
     """What clocks with these offsets show now, nanoseconds."""
-    ours = {"monotonic": 0, "boottime": 0}
-    try:
-        for line in Path("/proc/self/timens_offsets").read_text().splitlines():
-            name, seconds, nanoseconds = line.split()
-            ours[name] = int(seconds) * 10**9 + int(nanoseconds)
-    except FileNotFoundError:  # a kernel without time namespaces: nothing is added, and the stub's maker says so
-        pass
+    ours = procfs.time_offsets("self")
     return {name: time.clock_gettime_ns(clock) - ours[name] + offsets[name] for name, clock in _CLOCKS}
 
 
