@@ -278,10 +278,7 @@ static int add_where_free(struct tm_space *space, struct tm_extent extent) {
             stop = min_of(stop, other.start);
         }
         struct tm_extent part = part_of(extent, start, stop);
-        uint64_t end = part.page + pages_of(part.end - part.start);
-        for (uint64_t page = part.page; page < end; page++) {
-            tm_space_want(space, page, 1);
-        }
+        tm_space_want(space, part.page, pages_of(part.end - part.start));
         if (!tm_space_add(space, part)) {
             return 0;
         }
