@@ -106,12 +106,12 @@ class Control:
             poll = select.poll()
             poll.register(self._in, select.POLLIN)
             while not self._closed:
-                ready = poll.poll(0 if self._broken else TICK_MS)
-                if self._broken is not None:  # perhaps only since: what came before is there by now
-                    ready = poll.poll(0)
+                ready = poll.poll(TICK_MS) if self._broken is None else []
                 now = time.monotonic()
-                if self._broken is not None and (not ready or now - self._broken_at > SILENCE_S):
-                    raise self._broken
+                if self._broken is not None:  # perhaps only since the poll: what came before is there by now
+                    ready = poll.poll(0)
+                    if not ready or now - self._broken_at > SILENCE_S:
+                        raise self._broken
                 if ready:
                     self._deliver(self._read())
                     self._heard_at, self._silence_s = now, SILENCE_S
