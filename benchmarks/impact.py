@@ -6,33 +6,30 @@ BGSAVE's throughput, at most its p99; and at 4 GB at most a third of its pause.
 
 from __future__ import annotations
 
-import random
+import contextlib
+import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from common import Figures, arguments, directory, ended
 from freeze import VALUE_BYTES, server_of
 from harness import redis
 from harness.command import tuimig
+from harness.targets import Target, compiled
 
 KEYS = 50_000
 CLIENTS = 4
 REST_S = 3.0
 
 
-@dataclass
-class Seen:
-    """One client's requests: how long each took, seconds, and how long it went on."""
-
-    took: list[float] = field(default_factory=list)
-    span_s: float = 0.0
-
-
 @dataclass(frozen=True)
 class Felt:
+    """What the clients met from the action's begin to its end."""
+
     per_second: float
     p50_ms: float
     p99_ms: float
@@ -40,43 +37,34 @@ class Felt:
     max_ms: float
 
 
-class Load:
-    """Clients that SET one key after the other, as fast as they get answers."""
+@contextlib.contextmanager
+def clients(port: int, place: Path) -> Iterator[Target]:
+    """Connections that SET one key after the other, as fast as they get answers; a program in C, since one in Python
+    would measure its own threads."""
+    control = place / "load.control"
+    options = {"port": port, "clients": CLIENTS, "keys": KEYS, "value": VALUE_BYTES, "control": control}
+    argv = [compiled("load"), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    target = Target(argv, directory=place, control=control)
+    try:
+        yield target
+    finally:
+        target.stop()
 
-    def __init__(self, port: int) -> None:
-        self._over = threading.Event()
-        self._seen = [Seen() for _ in range(CLIENTS)]
-        self._threads = [
-            threading.Thread(target=self._run, args=(port, number, seen), daemon=True)
-            for number, seen in enumerate(self._seen)
-        ]
 
-    def _run(self, port: int, number: int, seen: Seen) -> None:
-        source, value = random.Random(number), "x" * VALUE_BYTES
-        with redis.Client(port) as client:
-            begin = time.monotonic()
-            while not self._over.is_set():
-                before = time.monotonic()
-                client("SET", f"key:{source.randrange(KEYS)}", value)
-                seen.took.append(time.monotonic() - before)
-            seen.span_s = time.monotonic() - begin
+def during(load: Target, action: Callable[[], None]) -> Felt:
+    load.ask("begin")
+    try:
+        action()
+    finally:
+        felt = load.ask("end")
+    if felt.pop("problems"):
+        raise SystemExit(felt["first"])
+    felt.pop("first")
+    return Felt(**felt)
 
-    def during(self, action: Callable[[], None]) -> Felt:
-        for thread in self._threads:
-            thread.start()
-        try:
-            action()
-        finally:
-            self._over.set()
-            for thread in self._threads:
-                thread.join()
-        took = sorted(t for seen in self._seen for t in seen.took)
 
-        def at(part: float) -> float:
-            return took[min(len(took) - 1, int(part * len(took)))] * 1000
-
-        rate = len(took) / max(seen.span_s for seen in self._seen)
-        return Felt(rate, at(0.5), at(0.99), at(0.999), took[-1] * 1000)
+def median(rounds: list[Felt]) -> Felt:
+    return Felt(*(statistics.median(getattr(felt, name) for felt in rounds) for name in Felt.__dataclass_fields__))
 
 
 def background_save(server: redis.Redis) -> None:
@@ -96,12 +84,14 @@ def main() -> int:
     options = arguments(__doc__ or "", sizes="1000,4000")
     figures = Figures("what clients feel")
     for megabytes in map(int, options.sizes.split(",")):
-        with directory() as place, server_of(place, megabytes) as server:
-            felt = {
-                "nothing": Load(server.port).during(lambda: time.sleep(REST_S)),
-                "BGSAVE": Load(server.port).during(lambda: background_save(server)),
-                "clone": Load(server.port).during(lambda: clone(server)),
+        with directory() as place, server_of(place, megabytes) as server, clients(server.port, place) as load:
+            actions: dict[str, Callable[[], None]] = {
+                "nothing": partial(time.sleep, REST_S),
+                "BGSAVE": partial(background_save, server),
+                "clone": partial(clone, server),
             }
+            rounds = [{name: during(load, action) for name, action in actions.items()} for _ in range(options.rounds)]
+        felt = {name: median([found[name] for found in rounds]) for name in actions}
         for name, f in felt.items():
             label = f"{megabytes} MB, {name}"
             figures.context(f"{label}: requests", f.per_second, "1/s")

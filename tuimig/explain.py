@@ -254,7 +254,6 @@ PARTS: Final = {
     "calls": "calls that its threads make for us (what only they can ask for)",
     "probes": "reading its files and queues",
     "descriptors": "reading its descriptors",
-    "beside": "what is copied and proved beside its threads' calls",
     "proof": "finding out what pre-copy has read and nobody has written since",
     "dirty": "copying what was written since the last round",
     "there": "building the copy there",

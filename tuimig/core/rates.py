@@ -57,7 +57,7 @@ class Rates:
             return self
         eager, protected = report.eager_bytes / (1 << 20), (report.bytes - report.eager_bytes) / (1 << 20)
         copying = parts.get("eager", 0)
-        arming = sum(parts.get(name, 0) for name in ("arm", "scan", "beside", "proof", "dirty"))
+        arming = sum(parts.get(name, 0) for name in ("arm", "scan", "proof", "dirty"))
         precopied = report.precopy is not None and report.precopy.ended == "freeze"
         per_mib = "precopied_us_per_mib" if precopied else "protected_us_per_mib"
         rest = max(0.0, report.frozen_us - copying - arming - parts.get("verify", 0) - self.region_us * report.regions)

@@ -33,7 +33,6 @@ PARTS: Final = (
     "calls",
     "probes",
     "descriptors",
-    "beside",
     "eager",
     "proof",
     "dirty",

@@ -6,14 +6,19 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "source_internal.h"
 
-enum { ZERO_CONTENT_SUM = 1 };
+enum { ZERO_CONTENT_SUM = 1, TOGETHER = 16 };
 #define EAGER_MOST (24ull << 20) // beyond it pages go into the spool at once
 #define EAGER_SLACK (2ull << 20)
 #define DIRECT_PIECE (1ull << 20)
+#define BATCH_SIZE (1ull << 20)
+#define PIECE_SIZE (16ull << 20)
+#define NEAR (2ull << 20)
+#define WHOLE (1ull << 63) // not in pieces
 
 int eager_prepare(struct tm_source *source, uint64_t estimate, struct tm_error *error) {
     uint64_t size = estimate + estimate / 4 + EAGER_SLACK;
@@ -49,16 +54,38 @@ static int store(struct tm_source *source, const struct eager_piece *piece, stru
     return TM_OK;
 }
 
+// Of the buffer; null where it is full.
+static uint8_t *reserve(struct tm_source *source, uint64_t size) {
+    uint8_t *at = NULL;
+    pthread_mutex_lock(&source->eager_lock);
+    if (source->eager_used + size <= source->eager_size) {
+        at = source->eager_buffer + source->eager_used;
+        source->eager_used += size;
+    }
+    pthread_mutex_unlock(&source->eager_lock);
+    return at;
+}
+
 static int piece_add(struct tm_source *source, struct eager_piece piece, struct tm_error *error) {
-    if (source->n_eager == source->eager_capacity) {
+    pthread_mutex_lock(&source->eager_lock);
+    bool room = source->n_eager < source->eager_capacity;
+    if (!room) {
         uint32_t capacity = source->eager_capacity ? source->eager_capacity * 2 : 256;
         struct eager_piece *more = realloc(source->eager_pieces, capacity * sizeof *more);
-        if (!more) return tm_error_set(error, TM_NOMEM, 0, "realloc", "no memory for the eager pages");
-        source->eager_pieces = more;
-        source->eager_capacity = capacity;
+        room = more != NULL;
+        if (room) {
+            source->eager_pieces = more;
+            source->eager_capacity = capacity;
+        }
     }
-    source->eager_pieces[source->n_eager++] = piece;
-    return TM_OK;
+    if (room) source->eager_pieces[source->n_eager++] = piece;
+    pthread_mutex_unlock(&source->eager_lock);
+    return room ? TM_OK : tm_error_set(error, TM_NOMEM, 0, "realloc", "no memory for the eager pages");
+}
+
+static void taken(struct tm_source *source, uint64_t size) {
+    atomic_fetch_add(&source->eager_pages, size >> TM_PAGE_SHIFT);
+    atomic_fetch_add(&source->total, size >> TM_PAGE_SHIFT);
 }
 
 typedef int (*reader)(const struct tm_source *source, int fd, uint64_t at, void *out, size_t size);
@@ -95,9 +122,10 @@ struct eager_context {
 static int take(struct eager_context *context, uint64_t at, uint64_t first_page, uint64_t size) {
     struct tm_source *source = context->source;
     while (size > 0) {
-        bool direct = source->eager_used + size > source->eager_size;
+        uint8_t *to = reserve(source, size);
+        bool direct = !to;
         uint64_t part = direct && size > DIRECT_PIECE ? DIRECT_PIECE : size;
-        uint8_t *to = direct ? malloc(part) : source->eager_buffer + source->eager_used;
+        if (direct) to = malloc(part);
         if (!to) return tm_error_set(context->error, TM_NOMEM, 0, "malloc", "no memory for the eager pages");
         int err = context->read(source, context->fd, at, to, part);
         int code = TM_OK;
@@ -112,13 +140,11 @@ static int take(struct eager_context *context, uint64_t at, uint64_t first_page,
             precopy_stored(source, piece.first_page, piece.n_pages);
         } else {
             code = piece_add(source, piece, context->error);
-            source->eager_used += part;
         }
         if (direct) free(to);
         if (code) return code;
-        atomic_fetch_add(&source->eager_pages, part >> TM_PAGE_SHIFT);
         if (direct) atomic_fetch_add(&source->done, part >> TM_PAGE_SHIFT);
-        atomic_fetch_add(&source->total, part >> TM_PAGE_SHIFT);
+        taken(source, part);
         at += part;
         first_page += part >> TM_PAGE_SHIFT;
         size -= part;
@@ -126,21 +152,82 @@ static int take(struct eager_context *context, uint64_t at, uint64_t first_page,
     return TM_OK;
 }
 
-int eager_take(struct tm_source *source, const struct region *region, uint64_t address, uint64_t page, uint64_t size,
-               struct tm_error *error) {
-    struct eager_context context = {source, region, read_memory, -1, error};
-    return take(&context, address, page, size);
+// ---------------------------------------------------------------- private pages, many in one call
+
+int eager_flush(struct eager_batch *batch, struct tm_error *error) {
+    struct tm_source *source = batch->source;
+    if (!batch->n) return TM_OK;
+    uint8_t *data = reserve(source, batch->size);
+    struct iovec local = {data, batch->size};
+    bool all =
+        data && process_vm_readv(source->pid, &local, 1, batch->remote, batch->n, 0) == (ssize_t)batch->size;
+    int code = TM_OK;
+    for (uint32_t i = 0; !code && i < batch->n; i++) {
+        const struct region *region = batch->regions[i];
+        uint64_t size = batch->remote[i].iov_len;
+        struct eager_context context = {source, region, read_memory, -1, error};
+        if (all) {
+            code = piece_add(
+                source, (struct eager_piece){batch->pages[i], size >> TM_PAGE_SHIFT, data, region->changed_only}, error);
+            data += size;
+        } else { // as each can be read
+            code = take(&context, (uintptr_t)batch->remote[i].iov_base, batch->pages[i], size);
+        }
+    }
+    if (all) taken(source, batch->size);
+    batch->n = 0;
+    batch->size = 0;
+    return code;
 }
 
-static int take_extent(void *context_, const struct extent *extent) {
-    struct eager_context *context = context_;
-    const struct region *region = context->region;
-    if (extent->categories & PAGE_IS_GUARD) return region_guarded(&region->face, extent->start, context->error);
-    if (region->changed_only && (extent->categories & PAGE_IS_FILE)) return TM_OK;
-    if (extent->categories & PAGE_IS_HUGE) context->source->regions[region - context->source->regions].face.huge = 1;
-    uint64_t page = region->first_page + ((extent->start - region->face.start) >> TM_PAGE_SHIFT);
-    return take(context, extent->start, page, extent->end - extent->start);
+int eager_add(struct eager_batch *batch, const struct region *region, uint64_t address, uint64_t page, uint64_t size,
+              struct tm_error *error) {
+    if (batch->n == EAGER_BATCH || batch->size >= BATCH_SIZE) {
+        int code = eager_flush(batch, error);
+        if (code) return code;
+    }
+    batch->remote[batch->n] = (struct iovec){(void *)(uintptr_t)address, size};
+    batch->pages[batch->n] = page;
+    batch->regions[batch->n++] = region;
+    batch->size += size;
+    return TM_OK;
 }
+
+struct private_context {
+    struct eager_batch batch;
+    struct tm_error *error;
+};
+
+// Of neighbouring regions: an extent may go over several.
+static int take_extent(void *context_, const struct extent *extent) {
+    struct private_context *context = context_;
+    struct tm_source *source = context->batch.source;
+    int code = TM_OK;
+    for (uint64_t at = extent->start, end; !code && at < extent->end; at = end) {
+        struct region *region = region_at(source, at);
+        if (!region) return tm_error_set(context->error, TM_SYS, 0, "PAGEMAP_SCAN", "a page is in no region");
+        end = extent->end < region->face.end ? extent->end : region->face.end;
+        if (extent->categories & PAGE_IS_GUARD) return region_guarded(&region->face, at, context->error);
+        if (region->changed_only && (extent->categories & PAGE_IS_FILE)) continue;
+        if (extent->categories & PAGE_IS_HUGE) region->face.huge = 1;
+        uint64_t page = region->first_page + ((at - region->face.start) >> TM_PAGE_SHIFT);
+        code = eager_add(&context->batch, region, at, page, end - at, context->error);
+    }
+    return code;
+}
+
+static bool is_private(const struct region *region) {
+    return region->face.treatment == TM_EAGER && region->face.kind != TM_SHARED_ANON && region->face.kind != TM_DELETED;
+}
+
+static int take_private(struct tm_source *source, const struct piece *piece, struct tm_error *error) {
+    struct private_context context = {.batch = {.source = source}, .error = error};
+    int code = target_scan(source, piece->start, piece->end, PAGE_IS_PRESENT | PAGE_IS_SWAPPED, PAGE_IS_PFNZERO,
+                           PAGE_IS_FILE | PAGE_IS_HUGE | source->guard_category, take_extent, &context, error);
+    return code ? code : eager_flush(&context.batch, error);
+}
+
+// ---------------------------------------------------------------- what is not of this process alone
 
 // Shared memory: an empty page table entry says nothing about the content, so it is read through its file.
 static int take_shared(struct eager_context *context) {
@@ -184,23 +271,33 @@ static int take_deleted(struct eager_context *context) {
     return TM_OK;
 }
 
-int eager_copy(struct tm_source *source, bool touched, struct tm_error *error) {
-    for (uint32_t i = 0; i < source->n_regions; i++) {
-        const struct region *region = &source->regions[i];
-        if (region->face.treatment != TM_EAGER || region->touched != touched) continue;
-        struct eager_context context = {source, region, read_memory, -1, error};
-        int code;
-        if (region->face.kind == TM_SHARED_ANON)
-            code = take_shared(&context);
-        else if (region->face.kind == TM_DELETED)
-            code = take_deleted(&context);
-        else
-            code = target_scan(source, region->face.start, region->face.end, PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-                               PAGE_IS_PFNZERO, PAGE_IS_FILE | PAGE_IS_HUGE | source->guard_category, take_extent,
-                               &context, error);
-        if (code) return code;
+// ---------------------------------------------------------------- by pieces, which the workers share
+
+static bool follows(const struct region *left, const struct region *right) {
+    return is_private(right) && right->face.start - left->face.end < NEAR;
+}
+
+// One scan for some that follow each other.
+int eager_list(struct tm_source *source, struct tm_error *error) {
+    int err = 0;
+    for (uint32_t i = 0, last; !err && i < source->n_regions; i = last + 1) {
+        const struct tm_region_state *face = &source->regions[i].face;
+        last = i;
+        if (face->treatment != TM_EAGER) continue;
+        bool private = is_private(&source->regions[i]);
+        while (private && last - i < TOGETHER && last + 1 < source->n_regions &&
+               follows(&source->regions[last], &source->regions[last + 1]))
+            last++;
+        err = capture_piece_add(source, i, face->start, source->regions[last].face.end, private ? PIECE_SIZE : WHOLE);
     }
-    return TM_OK;
+    return err ? tm_error_set(error, TM_NOMEM, 0, "realloc", "no memory for the list of pieces") : TM_OK;
+}
+
+int eager_copy(struct tm_source *source, const struct piece *piece, struct tm_error *error) {
+    const struct region *region = &source->regions[piece->region];
+    if (is_private(region)) return take_private(source, piece, error);
+    struct eager_context context = {source, region, read_memory, -1, error};
+    return region->face.kind == TM_SHARED_ANON ? take_shared(&context) : take_deleted(&context);
 }
 
 int eager_store(struct tm_source *source, struct tm_error *error) {

@@ -68,20 +68,24 @@ static int step_regions(struct tm_source *source, struct tm_error *error) {
     return code ? code : tm_spool_grow(source->spool, source->spool_pages, error);
 }
 
-static int step_probes(struct tm_source *source, struct tm_error *error) {
-    return state_run_probes(source, source->plan, error);
+static int step_calls(struct tm_source *source, struct tm_error *error) {
+    return state_make_calls(source, source->plan, error);
 }
 
-static void schedule(const struct tm_source *source, int policy, bool tracer) {
-    struct sched_param param = {.sched_priority = policy == SCHED_RR ? 1 : 0};
-    if (tracer) pthread_setschedparam(source->tracer, policy, &param); // first: others would take its CPU
-    for (uint32_t i = 0; i < source->n_workers; i++) pthread_setschedparam(source->workers[i], policy, &param);
+static int step_outside(struct tm_source *source, struct tm_error *error) {
+    (void)error;
+    state_read_outside(source, source->plan);
+    return TM_OK;
 }
 
 // While the target stands still, whoever works on that goes before others on a busy machine; where we may. Not while the
 // target itself has something to do.
 static void hurry(const struct tm_source *source, bool on) {
-    if (source->may_hurry) schedule(source, on ? SCHED_RR : SCHED_OTHER, true);
+    if (!source->may_hurry) return;
+    int policy = on ? SCHED_RR : SCHED_OTHER;
+    struct sched_param param = {.sched_priority = on ? 1 : 0};
+    pthread_setschedparam(source->tracer, policy, &param); // first: others would take its CPU
+    for (uint32_t i = 0; i < source->n_workers; i++) pthread_setschedparam(source->workers[i], policy, &param);
 }
 
 static bool try_hurry(const struct tm_source *source) {
@@ -91,65 +95,57 @@ static bool try_hurry(const struct tm_source *source) {
     return may;
 }
 
-// ---------------------------------------------------------------- beside the injected calls
-
-static void touch(struct tm_source *source, uint64_t address) {
-    struct region *region = region_at(source, address);
-    if (region) region->touched = true;
-}
-
-// Injected calls write below the stacks, and the kernel into what a thread has registered with it when it lets it run.
-static void mark_touched(struct tm_source *source) {
-    for (uint32_t i = 0; i < source->n_threads; i++) {
-        const struct thread *thread = &source->threads.at[i];
-        touch(source, thread->regs.rsp);
-        touch(source, thread->regs.fs_base);
-        touch(source, source->thread_faces[i].rseq_pointer);
-    }
-}
-
-static void job_beside(struct tm_source *source, uint32_t index, uint8_t *buffer) {
-    if (index > 0) {
-        precopy_prove(source, index - 1, buffer);
-        return;
-    }
+// From here on the target's threads do nothing: the CPUs are ours. What they did for us before, workers beside would only have
+// delayed: a low priority does not keep them from running first, and a call may wait for the lock of the memory map that a
+// scan holds.
+static void job_memory(struct tm_source *source, uint32_t index, uint8_t *buffer) {
+    (void)buffer;
+    const struct piece *piece = &source->pieces[index];
+    bool eager = source->regions[piece->region].face.treatment == TM_EAGER;
+    uint64_t begin = tm_now_ns();
     struct tm_error error;
-    if (eager_copy(source, false, &error)) capture_fail(source, &error);
+    if (eager ? eager_copy(source, piece, &error) : precopy_prove(source, piece, &error)) capture_fail(source, &error);
+    atomic_fetch_add(eager ? &source->eager_ns : &source->proof_ns, tm_now_ns() - begin);
 }
 
-// The workers take what the calls do not touch meanwhile, and give way to the threads that make these.
-static int beside_begin(struct tm_source *source, struct tm_error *error) {
-    mark_touched(source);
+static int memory_begin(struct tm_source *source, struct tm_error *error) {
     precopy_make_way(source);
-    int code = precopy_list(source, false, error);
+    int code = eager_list(source, error);
+    if (!code) code = precopy_list(source, error);
     if (code) return code;
-    if (source->may_hurry) schedule(source, SCHED_IDLE, false);
-    jobs_start(source, job_beside, source->n_pieces + 1);
+    atomic_store(&source->eager_ns, 0);
+    atomic_store(&source->proof_ns, 0);
+    hurry(source, true);
+    jobs_start(source, job_memory, source->n_pieces);
     return TM_OK;
 }
 
-static int beside_end(struct tm_source *source, struct tm_error *error) {
-    hurry(source, true);
+// What it was waited for goes to each kind of work by its part in it.
+static int memory_end(struct tm_source *source, struct tm_error *error) {
+    uint64_t begin = tm_now_ns();
     jobs_finish(source, NULL);
     source->n_pieces = 0;
+    double waited = (double)(tm_now_ns() - begin);
+    double eager = (double)atomic_load(&source->eager_ns), proof = (double)atomic_load(&source->proof_ns);
+    source->times.eager = (uint64_t)(waited * eager / (eager + proof + 1));
+    source->times.proof = (uint64_t)(waited * proof / (eager + proof + 1));
     if (atomic_load(&source->state) != TM_FAILED) return TM_OK;
     *error = source->failure;
     return error->code;
 }
 
-static int step_eager(struct tm_source *source, struct tm_error *error) { return eager_copy(source, true, error); }
-
-// What is read of the process itself; the jobs beside are over when it returns.
+// What is read of the process itself; the workers copy and prove its memory as soon as they may.
 static int frozen_state(struct tm_source *source, struct tm_error *error) {
     struct tm_frozen_times *times = &source->times;
     int code = part(&times->threads, state_read_threads, source, error);
-    if (!code) code = beside_begin(source, error);
+    if (!code) code = part(&times->calls, step_calls, source, error);
+    if (!code) code = memory_begin(source, error);
     if (code) return code;
-    code = step_probes(source, error);
+    code = part(&times->probes, step_outside, source, error);
     if (!code) code = part(&times->descriptors, state_read_descriptors, source, error);
     struct tm_error ignored;
-    int beside = part(&times->beside, beside_end, source, code ? &ignored : error);
-    return code ? code : beside;
+    int memory = memory_end(source, code ? &ignored : error);
+    return code ? code : memory;
 }
 
 static int frozen_work(struct tm_source *source, struct tm_error *error) {
@@ -157,8 +153,7 @@ static int frozen_work(struct tm_source *source, struct tm_error *error) {
     int code = gadgets_check(source, error);
     if (!code) code = part(&times->maps, step_regions, source, error);
     if (!code) code = frozen_state(source, error);
-    if (!code) code = part(&times->eager, step_eager, source, error);
-    if (!code) code = precopy_take(source, error);
+    if (!code) code = part(&times->dirty, precopy_take, source, error);
     if (!code) code = capture_arm(source, error);
     if (!code && source->plan->verify) code = part(&times->verify, verify_hash, source, error);
     hurry(source, false);
@@ -195,7 +190,7 @@ static bool window_needed(const struct tm_source *source) {
 // What has been written while the freeze was prepared, and while that was read: until it is little, or does not get less.
 static int closing_rounds(struct tm_source *source, struct tm_error *error) {
     uint64_t before = UINT64_MAX;
-    for (int i = 0; source->rounds && i < CLOSING_MOST; i++) {
+    for (int i = 0; i < CLOSING_MOST; i++) {
         struct tm_round round;
         int code = rounds_go_on(source, source->plan, 0, &round, error);
         if (code) return code;
@@ -244,7 +239,7 @@ static void frozen_undo(struct tm_source *source) {
 }
 
 static int freeze_once(struct tm_source *source, bool *again, struct tm_error *error) {
-    int code = closing_rounds(source, error);
+    int code = source->rounds ? closing_rounds(source, error) : regions_read(source, source->plan, error);
     if (code) return code;
     *again = source->rounds != NULL; // what the rounds have read is worth another try
     struct tm_frozen_times *times = &source->times;

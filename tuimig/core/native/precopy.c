@@ -168,22 +168,19 @@ static int prove_quickly(struct taken *taken, uint64_t start, uint64_t end) {
     return unreported(taken, taken->quick_at, end);
 }
 
-void precopy_prove(struct tm_source *source, uint32_t index, uint8_t *buffer) {
-    (void)buffer;
-    const struct piece *piece = &source->pieces[index];
+int precopy_prove(struct tm_source *source, const struct piece *piece, struct tm_error *error) {
     struct region *region = &source->regions[piece->region];
-    struct tm_error error = {0};
     struct taken taken = {.source = source,
                           .region = region,
                           .zone = zone_of(source, region->face.start, region->face.end),
-                          .error = &error};
+                          .error = error};
     bool quickly = taken.zone && source->quick_scan;
     int code =
         quickly ? prove_quickly(&taken, piece->start, piece->end) : prove_slowly(&taken, piece->start, piece->end);
     atomic_fetch_add(&source->total, taken.valid);
     atomic_fetch_add(&source->done, taken.valid);
     atomic_fetch_add(&source->precopied, taken.valid);
-    if (code) capture_fail(source, &error);
+    return code;
 }
 
 static int dirty_order(const void *left, const void *right) {
@@ -193,14 +190,15 @@ static int dirty_order(const void *left, const void *right) {
 
 static int dirty_copy(struct tm_source *source, struct tm_error *error) {
     struct dirty *dirty = &source->dirty;
+    struct eager_batch batch = {.source = source};
     if (dirty->n) qsort(dirty->runs, dirty->n, sizeof *dirty->runs, dirty_order);
-    for (uint32_t i = 0; i < dirty->n; i++) {
+    int code = TM_OK;
+    for (uint32_t i = 0; !code && i < dirty->n; i++) {
         const struct dirty_run *run = &dirty->runs[i];
-        int code = eager_take(source, region_at(source, run->address), run->address, run->page, run->n << TM_PAGE_SHIFT,
-                              error);
-        if (code) return code;
+        code = eager_add(&batch, region_at(source, run->address), run->address, run->page, run->n << TM_PAGE_SHIFT,
+                         error);
     }
-    return TM_OK;
+    return code ? code : eager_flush(&batch, error);
 }
 
 // What an eager region holds is copied anyway; what the rounds had read of its addresses goes.
@@ -234,15 +232,13 @@ void precopy_stored(struct tm_source *source, uint64_t page, uint64_t n) {
     }
 }
 
-int precopy_list(struct tm_source *source, bool touched, struct tm_error *error) {
-    if (!touched) {
-        source->dirty.n = 0;
-        source->dirty.pages = 0;
-        atomic_store(&source->precopied, 0);
-    }
+int precopy_list(struct tm_source *source, struct tm_error *error) {
+    source->dirty.n = 0;
+    source->dirty.pages = 0;
+    atomic_store(&source->precopied, 0);
     for (uint32_t i = 0; source->rounds && i < source->n_regions; i++) {
         struct region *region = &source->regions[i];
-        if (region->touched != touched || !region_tracked(source, region)) continue;
+        if (!region_tracked(source, region)) continue;
         region->precopied = true;
         if (capture_piece_add(source, i, region->face.start, region->face.end, PIECE_SIZE))
             return tm_error_set(error, TM_NOMEM, 0, "realloc", "no memory for the list of pieces");
@@ -252,24 +248,11 @@ int precopy_list(struct tm_source *source, bool touched, struct tm_error *error)
 
 int precopy_take(struct tm_source *source, struct tm_error *error) {
     if (!source->rounds) return TM_OK;
-    uint64_t begin = tm_now_ns();
-    int code = precopy_list(source, true, error);
-    if (code) return code;
-    jobs_run(source, precopy_prove, source->n_pieces, NULL);
-    source->n_pieces = 0;
-    source->times.proof += tm_now_ns() - begin;
-    if (atomic_load(&source->state) == TM_FAILED) {
-        *error = source->failure;
-        return error->code;
-    }
     if (source->plan->dirty_most && source->dirty.pages > source->plan->dirty_most)
         return tm_error_set(error, TM_DEADLINE, 0, "pre-copy",
                             "%lu pages were written at the end, more than fit the freeze",
                             (unsigned long)source->dirty.pages);
-    begin = tm_now_ns();
-    code = dirty_copy(source, error);
-    source->times.dirty += tm_now_ns() - begin;
-    return code;
+    return dirty_copy(source, error);
 }
 
 // Whether the page's copy from before T0 has no place in the picture.

@@ -308,24 +308,22 @@ int state_read_threads(struct tm_source *source, struct tm_error *error) {
     return tm_error_set(error, tm_error_code(err), err, "PTRACE_PEEKSIGINFO", "cannot read queued signals");
 }
 
-int state_run_probes(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error) {
+int state_make_calls(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error) {
     source->n_probes = plan->n_probes;
     source->answers =
         arena_take(&source->arena, (size_t)plan->n_probes * source->n_threads * sizeof *source->answers + 1);
     if (!source->answers) return tm_error_set(error, TM_NOMEM, 0, "malloc", "no memory");
-    uint64_t begin = tm_now_ns();
     int code = source->filtered ? TM_OK : chains_run(source, plan, error);
     for (uint32_t i = 0; !code && i < source->n_threads; i++) code = thread_calls(source, plan, i, error);
     scratch_drop(source);
     if (!code) code = tid_addresses(source, plan, error);
-    source->times.calls += tm_now_ns() - begin;
-    if (code) return code;
-    begin = tm_now_ns();
+    return code;
+}
+
+void state_read_outside(struct tm_source *source, const struct tm_freeze_plan *plan) {
     for (uint32_t i = 0; i < plan->n_probes; i++)
         if (plan->probes[i].kind >= TM_PROBE_FILE)
             probe_outside(source, &plan->probes[i], &source->answers[(size_t)i * source->n_threads]);
-    source->times.probes += tm_now_ns() - begin;
-    return TM_OK;
 }
 
 static int number_order(const void *left, const void *right) {

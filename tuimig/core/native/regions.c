@@ -116,9 +116,51 @@ static void place(struct tm_source *source, struct region *region) {
     region->face.slot = region->first_page << TM_PAGE_SHIFT;
 }
 
-// plan null: only the layout is wanted.
-int regions_read(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error) {
+static int regions_parse(struct tm_source *source, const char *path, const uint8_t *text, uint64_t size,
+                         struct tm_error *error) {
     regions_free(source);
+    uint32_t lines = 0;
+    for (uint64_t i = 0; i < size; i++) lines += text[i] == '\n';
+    source->regions = calloc(lines + 1, sizeof *source->regions);
+    source->region_faces = calloc(lines + 1, sizeof *source->region_faces);
+    char *at = arena_take(&source->arena, size + 1); // to be cut into lines
+    if (!source->regions || !source->region_faces || !at)
+        return tm_error_set(error, TM_NOMEM, 0, "calloc", "no memory");
+    memcpy(at, text, size);
+    at[size] = 0;
+    for (char *newline; source->n_regions < lines && (newline = strchr(at, '\n')); at = newline + 1) {
+        *newline = 0;
+        if (!line_parse(source, at, &source->regions[source->n_regions].face))
+            return tm_error_set(error, TM_SYS, 0, "read", "a line of %s was not understood", path);
+        source->n_regions++;
+    }
+    source->maps = text;
+    source->maps_size = size;
+    return TM_OK;
+}
+
+static void states_free(struct tm_source *source) {
+    for (uint32_t i = 0; i < source->n_regions; i++)
+        if (source->regions[i].state) munmap(source->regions[i].state, source->regions[i].state_size);
+    source->spool_pages = source->zones.pages;
+}
+
+// The same text: what it says is kept, and nothing else.
+static void regions_renew(struct tm_source *source) {
+    states_free(source);
+    for (uint32_t i = 0; i < source->n_regions; i++) {
+        struct region *region = &source->regions[i];
+        struct tm_region_state face = region->face;
+        face.slot = UINT64_MAX;
+        face.planned = -1;
+        face.huge = 0;
+        face.tracked = 0;
+        *region = (struct region){.face = face};
+    }
+}
+
+// plan null: only the layout is wanted. What was read right before, as a freeze does, is compared and not parsed again.
+int regions_read(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error) {
     char path[64];
     snprintf(path, sizeof path, "/proc/%d/maps", source->pid);
     const uint8_t *text;
@@ -127,43 +169,31 @@ int regions_read(struct tm_source *source, const struct tm_freeze_plan *plan, st
     if (err)
         return tm_error_set(error, err == ESRCH ? TM_GONE : tm_error_code(err), err, "read", "cannot read %s", path);
     if (size == 0) return tm_error_set(error, TM_GONE, 0, "read", "the process has ended");
-    uint32_t lines = 0;
-    for (uint64_t i = 0; i < size; i++) lines += text[i] == '\n';
-    source->regions = calloc(lines + 1, sizeof *source->regions);
-    source->region_faces = calloc(lines + 1, sizeof *source->region_faces);
-    if (!source->regions || !source->region_faces) return tm_error_set(error, TM_NOMEM, 0, "calloc", "no memory");
-    char *at = (char *)(uintptr_t)text;
-    for (uint32_t i = 0; i < lines; i++) {
-        char *newline = strchr(at, '\n');
-        if (!newline) break;
-        *newline = 0;
-        struct region *region = &source->regions[source->n_regions];
-        if (!line_parse(source, at, &region->face))
-            return tm_error_set(error, TM_SYS, 0, "read", "a line of %s was not understood", path);
-        at = newline + 1;
-        source->n_regions++;
-        if (!plan) continue;
+    int code = TM_OK;
+    if (source->maps && source->maps_size == size && memcmp(source->maps, text, size) == 0)
+        regions_renew(source);
+    else
+        code = regions_parse(source, path, text, size, error);
+    for (uint32_t i = 0; !code && plan && i < source->n_regions; i++) {
+        struct region *region = &source->regions[i];
         treat(plan, region);
         if (region->face.kind == TM_DEVICE && region->face.planned < 0)
             return tm_error_set(error, TM_UNSUPPORTED, 0, "maps",
                                 "region %lx-%lx %.60s appeared and cannot be migrated",
                                 (unsigned long)region->face.start, (unsigned long)region->face.end, region->face.path);
-        if (region->face.treatment != TM_NONE) {
-            place(source, region);
-        }
+        if (region->face.treatment != TM_NONE) place(source, region);
     }
-    return TM_OK;
+    return code;
 }
 
 void regions_free(struct tm_source *source) {
-    for (uint32_t i = 0; i < source->n_regions; i++)
-        if (source->regions[i].state) munmap(source->regions[i].state, source->regions[i].state_size);
+    states_free(source);
     free(source->regions);
     free(source->region_faces);
     source->regions = NULL;
     source->region_faces = NULL;
     source->n_regions = 0;
-    source->spool_pages = source->zones.pages;
+    source->maps = NULL;
 }
 
 // The first region that ends above the address; n_regions where there is none.

@@ -25,12 +25,19 @@ void source_kick(struct tm_source *source) {
     if (source->tracer_running) pthread_kill(source->tracer, kick_signal());
 }
 
+// Each stop of the target sends its tracer SIGCHLD: blocked, it would wait for another thread of ours and wake that one, in the
+// midst of a freeze; else it is dropped where nobody handles it.
+static void signals_unblock(void) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, kick_signal());
+    sigaddset(&set, SIGCHLD);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+}
+
 static void *tracer_main(void *argument) {
     struct tm_source *source = argument;
-    sigset_t kick;
-    sigemptyset(&kick);
-    sigaddset(&kick, kick_signal());
-    pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
+    signals_unblock();
     pthread_mutex_lock(&source->lock);
     for (;;) {
         if (source->command) {
@@ -107,6 +114,7 @@ int tm_source_create(int32_t pid, int pidfd, struct tm_source **out, struct tm_e
     pthread_mutex_init(&source->lock, NULL);
     pthread_cond_init(&source->changed, NULL);
     pthread_mutex_init(&source->failure_lock, NULL);
+    pthread_mutex_init(&source->eager_lock, NULL);
     pthread_mutex_init(&source->request_lock, NULL);
     pthread_cond_init(&source->work, NULL);
     int code = open_proc(source, "mem", &source->mem_fd, error);

@@ -141,9 +141,8 @@ struct tm_frozen_times { // nanoseconds; t0 on CLOCK_MONOTONIC, the rest duratio
     uint64_t probes; // files and queues
     uint64_t descriptors;
     uint64_t maps;
-    uint64_t beside; // waiting for what was copied and proved beside the calls
-    uint64_t eager;
-    uint64_t proof; // which copies of the rounds are valid
+    uint64_t eager; // copying, as far as it was waited for
+    uint64_t proof; // which copies of the rounds are valid, likewise
     uint64_t dirty; // copying what is not
     uint64_t scan;
     uint64_t arm;

@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <sys/user.h>
 
 #include "kernel.h"
@@ -176,8 +177,13 @@ struct region {
     atomic_uint_least64_t done;
     uint64_t dirty;    // pages found written in the last round
     bool changed_only; // private file: only its anonymous pages
-    bool touched;      // the freeze itself may write to it: a stack, what a thread has registered
     bool precopied;    // copied in rounds, and what was dirty inside the freeze: nothing is left for the window
+};
+
+struct piece { // of a region, or of some that follow it
+    uint32_t region;
+    uint64_t start;
+    uint64_t end;
 };
 
 int regions_read(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error);
@@ -251,17 +257,17 @@ struct dirty {
     uint64_t pages;
 };
 void precopy_make_way(struct tm_source *source); // inside the freeze, before anything is stored
-// The pieces whose proof is wanted, of regions that are touched or of the others; the proof of one of them.
-int precopy_list(struct tm_source *source, bool touched, struct tm_error *error);
-void precopy_prove(struct tm_source *source, uint32_t piece, uint8_t *buffer);
-int precopy_take(struct tm_source *source,
-                 struct tm_error *error); // the proof of the touched, and what is dirty of all
+// The pieces whose proof is wanted; the proof of one of them.
+int precopy_list(struct tm_source *source, struct tm_error *error);
+int precopy_prove(struct tm_source *source, const struct piece *piece, struct tm_error *error);
+int precopy_take(struct tm_source *source, struct tm_error *error); // what is dirty
 void precopy_stored(struct tm_source *source, uint64_t page, uint64_t n);
 int precopy_tidy(struct tm_source *source, struct tm_error *error); // after the thaw, before eager_store
 
 // ---- probe.c
 int state_read_threads(struct tm_source *source, struct tm_error *error);
-int state_run_probes(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error);
+int state_make_calls(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error);
+void state_read_outside(struct tm_source *source, const struct tm_freeze_plan *plan); // files and queues
 int state_read_descriptors(struct tm_source *source, struct tm_error *error);
 int file_read_whole(struct arena *arena, const char *path, const uint8_t **data, uint64_t *size); // 0 or errno
 
@@ -272,9 +278,21 @@ struct eager_piece {
     const uint8_t *data;
     bool changed;
 };
-int eager_copy(struct tm_source *source, bool touched, struct tm_error *error); // regions that are, or that are not
-int eager_take(struct tm_source *source, const struct region *region, uint64_t address, uint64_t page, uint64_t size,
-               struct tm_error *error);
+int eager_list(struct tm_source *source, struct tm_error *error); // the pieces that are to be copied; one of them
+int eager_copy(struct tm_source *source, const struct piece *piece, struct tm_error *error);
+// Private pages that are read together; `page` is their place in the spool. Begins with the source alone, ends with a flush.
+enum { EAGER_BATCH = 512 };
+struct eager_batch {
+    struct tm_source *source;
+    uint32_t n;
+    uint64_t size;
+    uint64_t pages[EAGER_BATCH];
+    const struct region *regions[EAGER_BATCH];
+    struct iovec remote[EAGER_BATCH];
+};
+int eager_add(struct eager_batch *batch, const struct region *region, uint64_t address, uint64_t page, uint64_t size,
+              struct tm_error *error);
+int eager_flush(struct eager_batch *batch, struct tm_error *error);
 int eager_store(struct tm_source *source, struct tm_error *error); // after the thaw
 void eager_free(struct tm_source *source);
 int eager_prepare(struct tm_source *source, uint64_t estimate, struct tm_error *error);
@@ -290,11 +308,6 @@ int capture_quiesce(struct tm_source *source); // every event up to now has been
 void capture_stop(struct tm_source *source);   // threads joined, ranges unregistered
 int verify_hash(struct tm_source *source, struct tm_error *error);
 
-struct piece {
-    uint32_t region;
-    uint64_t start;
-    uint64_t end;
-};
 enum capture_phase { PHASE_SLEEP, PHASE_READY, PHASE_JOB, PHASE_SWEEP, PHASE_QUIT };
 // In pieces that end at multiples of `most`, a power of two. 0 or ENOMEM.
 int capture_piece_add(struct tm_source *source, uint32_t region, uint64_t start, uint64_t end, uint64_t most);
@@ -371,6 +384,8 @@ struct tm_source {
     struct arena arena;
     struct region *regions;
     uint32_t n_regions;
+    const uint8_t *maps; // the text they are from
+    uint64_t maps_size;
     struct tm_region_state *region_faces;
     struct tm_thread_state *thread_faces;
     uint32_t n_threads;
@@ -394,8 +409,12 @@ struct tm_source {
     struct dirty dirty;
     atomic_uint_least64_t precopied;
 
+    // inside the freeze
+    atomic_uint_least64_t eager_ns, proof_ns; // of all threads together
+
     // eager
     uint8_t *eager_buffer;
+    pthread_mutex_t eager_lock; // of what follows, while the workers copy
     uint64_t eager_size, eager_used;
     struct eager_piece *eager_pieces;
     uint32_t n_eager, eager_capacity;
