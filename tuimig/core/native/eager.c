@@ -159,16 +159,15 @@ int eager_flush(struct eager_batch *batch, struct tm_error *error) {
     if (!batch->n) return TM_OK;
     uint8_t *data = reserve(source, batch->size);
     struct iovec local = {data, batch->size};
-    bool all =
-        data && process_vm_readv(source->pid, &local, 1, batch->remote, batch->n, 0) == (ssize_t)batch->size;
+    bool all = data && process_vm_readv(source->pid, &local, 1, batch->remote, batch->n, 0) == (ssize_t)batch->size;
     int code = TM_OK;
     for (uint32_t i = 0; !code && i < batch->n; i++) {
         const struct region *region = batch->regions[i];
         uint64_t size = batch->remote[i].iov_len;
         struct eager_context context = {source, region, read_memory, -1, error};
+        const struct eager_piece piece = {batch->pages[i], size >> TM_PAGE_SHIFT, data, region->changed_only};
         if (all) {
-            code = piece_add(
-                source, (struct eager_piece){batch->pages[i], size >> TM_PAGE_SHIFT, data, region->changed_only}, error);
+            code = piece_add(source, piece, error);
             data += size;
         } else { // as each can be read
             code = take(&context, (uintptr_t)batch->remote[i].iov_base, batch->pages[i], size);

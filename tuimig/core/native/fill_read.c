@@ -63,6 +63,7 @@ static void read_piece(struct tm_reader *reader, struct tm_piece *piece) {
 static void *reader_thread(void *argument) {
     struct tm_reader *reader = argument;
     uint32_t next = 0;
+    tm_thread_nice(TM_GENTLE); // what is touched is not read here
     pthread_mutex_lock(&reader->lock);
     for (;;) {
         struct tm_piece *piece = &reader->piece[next];

@@ -49,12 +49,14 @@ static int found_dirty(struct taken *taken, uint64_t start, uint64_t end) {
     return TM_OK;
 }
 
-// How many pages from `from` on have a valid copy; eight states at a time.
+// How many pages from `from` on have a valid copy; many states at a time.
 static uint64_t copied_run(const uint8_t *state, uint64_t from, uint64_t n) {
     uint64_t i = from;
-    for (uint64_t eight; i + sizeof eight <= n; i += sizeof eight) {
-        memcpy(&eight, state + i, sizeof eight);
-        if ((eight & EACH_BYTE * TRACK_MASK) != EACH_BYTE * TRACK_COPIED) break;
+    for (uint64_t some[4]; i + sizeof some <= n; i += sizeof some) {
+        memcpy(some, state + i, sizeof some);
+        uint64_t other = 0;
+        for (int k = 0; k < 4; k++) other |= (some[k] & EACH_BYTE * TRACK_MASK) ^ EACH_BYTE * TRACK_COPIED;
+        if (other) break;
     }
     while (i < n && (state[i] & TRACK_MASK) == TRACK_COPIED) i++;
     return i - from;
@@ -195,8 +197,8 @@ static int dirty_copy(struct tm_source *source, struct tm_error *error) {
     int code = TM_OK;
     for (uint32_t i = 0; !code && i < dirty->n; i++) {
         const struct dirty_run *run = &dirty->runs[i];
-        code = eager_add(&batch, region_at(source, run->address), run->address, run->page, run->n << TM_PAGE_SHIFT,
-                         error);
+        code =
+            eager_add(&batch, region_at(source, run->address), run->address, run->page, run->n << TM_PAGE_SHIFT, error);
     }
     return code ? code : eager_flush(&batch, error);
 }

@@ -16,7 +16,7 @@
 
 #define SCAN_SIZE (32ull << 20)
 #define BUFFER_SIZE (2ull << 20)
-enum { RUNS_MOST = 512, EXTENTS = 512, HOT_AFTER = 3, STOPS_MOST = 4, GENTLE = 10 };
+enum { RUNS_MOST = 512, EXTENTS = 512, HOT_AFTER = 3, STOPS_MOST = 4 };
 #define UNCOVERED_MOST (4ull << 20)
 
 struct run { // pages that lie in a row in the target and in the spool
@@ -371,7 +371,7 @@ static int regions_track(struct tm_source *source, const struct tm_freeze_plan *
 // While the target runs it goes before us, until a freeze is near. Where we could not come back from a lower priority we keep
 // ours.
 static void be_gentle(bool on) {
-    if (tm_thread_nice(-1) == 0) tm_thread_nice(on ? GENTLE : 0);
+    if (tm_thread_nice(-1) == 0) tm_thread_nice(on ? TM_GENTLE : 0);
 }
 
 static int round_begin(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error) {

@@ -26,6 +26,7 @@ int tm_error_code(int err);
 // The name is cut to 15 characters. Returns 0 or an errno.
 int tm_thread_start(pthread_t *thread, const char *name, void *(*run)(void *), void *argument);
 
+enum { TM_GENTLE = 10 };      // the niceness of work that nobody waits for
 int tm_thread_nice(int nice); // of the calling thread; 0 or an errno
 
 static inline uint64_t tm_now_ns(void) {
