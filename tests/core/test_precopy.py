@@ -43,10 +43,18 @@ def test_as_long_as_it_shrinks_it_goes_on() -> None:
 
 
 def test_what_does_not_shrink_ends_in_the_window() -> None:
-    *before, last = ends(rounds(10**5, 90_000, 89_000, 90_000, 91_000), AUTO)
+    *before, last = ends(rounds(10**5, 30_000, 29_000, 30_000, 31_000), AUTO)
     assert not any(before)
     assert last is not None
     assert (last.how, "no longer shrinks" in last.why) == ("window", True)
+
+
+def test_who_writes_everything_is_not_copied_again_and_again() -> None:
+    *before, last = ends(rounds(10**5, 95_000, 90_000), AUTO)
+    assert not any(before)
+    assert last is not None
+    assert (last.how, "no longer shrinks" in last.why) == ("window", True)
+    assert ending(rounds(10**5, 95_000, 70_000), AUTO) is None, "it shrinks"
 
 
 def test_hot_pages_count_as_dirty_although_a_round_left_them_out() -> None:

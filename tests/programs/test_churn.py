@@ -90,6 +90,20 @@ def test_every_treatment_gives_the_same_picture(
         copies.end()
 
 
+def test_more_eager_memory_than_the_buffer_of_the_freeze_holds(
+    targets: Callable[..., Target], place: Path, quiet: Path, copies: Any
+) -> None:
+    target = targets("churn", "--pages", 200, "--churn", "all", "--all-pages", 12_000)
+    for number, form in enumerate((["--precopy", "off"], [])):
+        snapshot = place / f"snap{number}"
+        options = ("--verify", "--eager-below", "1G", *form)
+        report = tuimig("snapshot", target.pid, snapshot, *options, temporary=quiet).report
+        assert report["eager_bytes"] > 12_000 * 4096
+        control = restored(snapshot, target, place, quiet, copies)
+        goes_on(lambda command, path=control: ask(path, command), "all")
+        copies.end()
+
+
 def test_robust_mutexes_and_joins(targets: Callable[..., Target], place: Path, quiet: Path, copies: Any) -> None:
     """The kernel's stores when a thread exits reach protected pages of the source and missing pages of the copy."""
     target = targets("exits", "--pace", 100)
