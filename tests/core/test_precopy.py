@@ -55,6 +55,9 @@ def test_who_writes_everything_is_not_copied_again_and_again() -> None:
     assert last is not None
     assert (last.how, "no longer shrinks" in last.why) == ("window", True)
     assert ending(rounds(10**5, 95_000, 70_000), AUTO) is None, "it shrinks"
+    assert ending(rounds(20_000, 16_000, 13_000), AUTO) is None
+    assert ending(rounds(10_000, 30_000, 29_000), AUTO) is not None
+    assert ending(rounds(10_000, 30_000), AUTO) is None, "what is new was not copied before"
 
 
 def test_hot_pages_count_as_dirty_although_a_round_left_them_out() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -75,6 +77,22 @@ def test_who_writes_everything_ends_exactly(
         assert report["precopy"]["ended"] == "window"
     assert target.ask("counts")["rounds"]["all"] > before
     copy_goes_on(target, place / "snap", place, quiet, copies, "all")
+
+
+def test_faults_are_answered_with_the_priority_that_we_have(
+    targets: Callable[..., Target], place: Path, quiet: Path
+) -> None:
+    """Pre-copy is gentle, and what is started after it would inherit that."""
+    target = targets("churn", "--pages", 200, "--churn", "all", "--all-pages", 20_000)
+    attempt = start("snapshot", target.pid, place / "snap", "--precopy", "1", temporary=quiet)
+    seen: dict[str, int] = {}
+    while attempt.poll() is None:
+        for task in Path(f"/proc/{attempt.pid}/task").glob("*"):
+            with contextlib.suppress(OSError):
+                name = (task / "comm").read_text().strip()
+                seen[name] = os.getpriority(os.PRIO_PROCESS, int(task.name))
+    assert attempt.wait() == 0
+    assert seen["tm-fault"] == seen["tm-sweep"] == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def test_an_idle_process_needs_no_window(targets: Callable[..., Target], place: Path, quiet: Path) -> None:

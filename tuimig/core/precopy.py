@@ -20,7 +20,7 @@ MISSED: Final = "pre-copy"  # where the engine says that too much was written at
 ROUNDS_MOST: Final = 30  # of auto
 SHRINKS: Final = 0.75  # a round that leaves more than this part of what the one before left brings nothing
 PATIENCE: Final = 3  # such rounds in a row
-EFFORT_MOST: Final = 1.5  # after so much of the first round was copied again, one such round is enough
+EFFORT_MOST: Final = 1.5  # after so much of the largest round was copied again, one such round is enough
 FAULT_US: Final = 1.1  # a write fault that the kernel resolves by itself, as its writer sees it
 PAUSE_MOST_S: Final = 1.0
 PAGE_NS: Final = 1500  # copying a scattered page inside the freeze
@@ -96,7 +96,7 @@ def ending(rounds: Sequence[Round], wish: Wish) -> Ending | None:
     if len(rounds) > ROUNDS_MOST:
         return Ending("window", f"{left} dirty pages are left after {len(rounds)} rounds")
     again = sum(r.copied_pages for r in rounds[1:])
-    patience = 1 if again > EFFORT_MOST * rounds[0].copied_pages else PATIENCE
+    patience = 1 if again > EFFORT_MOST * max(r.copied_pages for r in rounds) else PATIENCE
     tail = rounds[1:][-patience - 1 :]
     if len(tail) > patience and all(_left(b) > SHRINKS * _left(a) for a, b in itertools.pairwise(tail)):
         return Ending("window", f"what is dirty no longer shrinks ({left} pages)")

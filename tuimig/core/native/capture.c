@@ -413,13 +413,16 @@ int capture_quiesce(struct tm_source *source) {
 }
 
 void capture_stop(struct tm_source *source) {
+    // With the handler still there: a thread that waits until somebody has read its event cannot be stopped.
+    uint64_t began = 0;
+    bool stopped = release_stop(source, &began);
     if (source->capture_threads) {
         phase_set(source, PHASE_QUIT);
         pthread_join(source->handler, NULL);
         for (uint32_t i = 0; i < source->n_workers; i++) pthread_join(source->workers[i], NULL);
         source->capture_threads = false;
     }
-    release_all(source); // and whoever waits in a fault or an event
+    release_all(source, stopped, began); // and whoever waits in a fault or an event
     rounds_free(source);
     if (source->wake_fd >= 0) close(source->wake_fd);
     source->wake_fd = -1;

@@ -83,11 +83,6 @@ static int piece_add(struct tm_source *source, struct eager_piece piece, struct 
     return room ? TM_OK : tm_error_set(error, TM_NOMEM, 0, "realloc", "no memory for the eager pages");
 }
 
-static void taken(struct tm_source *source, uint64_t size) {
-    atomic_fetch_add(&source->eager_pages, size >> TM_PAGE_SHIFT);
-    atomic_fetch_add(&source->total, size >> TM_PAGE_SHIFT);
-}
-
 typedef int (*reader)(const struct tm_source *source, int fd, uint64_t at, void *out, size_t size);
 
 static int read_memory(const struct tm_source *source, int fd, uint64_t at, void *out, size_t size) {
@@ -118,38 +113,61 @@ struct eager_context {
     struct tm_error *error;
 };
 
-// `at`: what the reader is asked for; first_page: where it goes in the spool.
-static int take(struct eager_context *context, uint64_t at, uint64_t first_page, uint64_t size) {
+static int read_into(const struct eager_context *context, uint64_t at, uint8_t *to, uint64_t size) {
+    int err = context->read(context->source, context->fd, at, to, size);
+    if (!err) return TM_OK;
+    int code = tm_error_set(context->error, err == ESRCH ? TM_GONE : TM_SYS, err, "process_vm_readv",
+                            "cannot read region %lx-%lx", (unsigned long)context->region->face.start,
+                            (unsigned long)context->region->face.end);
+    if (context->error) context->error->address = at;
+    return code;
+}
+
+static void count(struct tm_source *source, uint64_t size) {
+    atomic_fetch_add(&source->eager_pages, size >> TM_PAGE_SHIFT);
+    atomic_fetch_add(&source->total, size >> TM_PAGE_SHIFT);
+}
+
+// What lies in the buffer.
+static int keep(const struct eager_context *context, uint64_t first_page, const uint8_t *data, uint64_t size) {
+    count(context->source, size);
+    const struct eager_piece piece = {first_page, size >> TM_PAGE_SHIFT, data, context->region->changed_only};
+    return piece_add(context->source, piece, context->error);
+}
+
+static int take_into(const struct eager_context *context, uint64_t at, uint64_t first_page, uint8_t *to,
+                     uint64_t size) {
+    int code = read_into(context, at, to, size);
+    return code ? code : keep(context, first_page, to, size);
+}
+
+// Where the buffer is full: into the spool at once.
+static int take_directly(const struct eager_context *context, uint64_t at, uint64_t first_page, uint64_t size) {
     struct tm_source *source = context->source;
-    while (size > 0) {
-        uint8_t *to = reserve(source, size);
-        bool direct = !to;
-        uint64_t part = direct && size > DIRECT_PIECE ? DIRECT_PIECE : size;
-        if (direct) to = malloc(part);
-        if (!to) return tm_error_set(context->error, TM_NOMEM, 0, "malloc", "no memory for the eager pages");
-        int err = context->read(source, context->fd, at, to, part);
-        int code = TM_OK;
-        struct eager_piece piece = {first_page, part >> TM_PAGE_SHIFT, to, context->region->changed_only};
-        if (err) {
-            code = tm_error_set(context->error, err == ESRCH ? TM_GONE : TM_SYS, err, "process_vm_readv",
-                                "cannot read region %lx-%lx", (unsigned long)context->region->face.start,
-                                (unsigned long)context->region->face.end);
-            if (context->error) context->error->address = at;
-        } else if (direct) {
-            code = store(source, &piece, context->error);
-            precopy_stored(source, piece.first_page, piece.n_pages);
-        } else {
-            code = piece_add(source, piece, context->error);
-        }
-        if (direct) free(to);
-        if (code) return code;
-        if (direct) atomic_fetch_add(&source->done, part >> TM_PAGE_SHIFT);
-        taken(source, part);
+    uint8_t *to = malloc(size < DIRECT_PIECE ? size : DIRECT_PIECE);
+    int code = to ? TM_OK : tm_error_set(context->error, TM_NOMEM, 0, "malloc", "no memory for the eager pages");
+    while (!code && size > 0) {
+        uint64_t part = size < DIRECT_PIECE ? size : DIRECT_PIECE, n = part >> TM_PAGE_SHIFT;
+        code = read_into(context, at, to, part);
+        if (!code)
+            code =
+                store(source, &(struct eager_piece){first_page, n, to, context->region->changed_only}, context->error);
+        if (code) break;
+        precopy_stored(source, first_page, n);
+        count(source, part);
+        atomic_fetch_add(&source->done, n);
         at += part;
-        first_page += part >> TM_PAGE_SHIFT;
+        first_page += n;
         size -= part;
     }
-    return TM_OK;
+    free(to);
+    return code;
+}
+
+// `at`: what the reader is asked for; first_page: where it goes in the spool.
+static int take(const struct eager_context *context, uint64_t at, uint64_t first_page, uint64_t size) {
+    uint8_t *to = reserve(context->source, size);
+    return to ? take_into(context, at, first_page, to, size) : take_directly(context, at, first_page, size);
 }
 
 // ---------------------------------------------------------------- private pages, many in one call
@@ -162,18 +180,16 @@ int eager_flush(struct eager_batch *batch, struct tm_error *error) {
     bool all = data && process_vm_readv(source->pid, &local, 1, batch->remote, batch->n, 0) == (ssize_t)batch->size;
     int code = TM_OK;
     for (uint32_t i = 0; !code && i < batch->n; i++) {
-        const struct region *region = batch->regions[i];
-        uint64_t size = batch->remote[i].iov_len;
-        struct eager_context context = {source, region, read_memory, -1, error};
-        const struct eager_piece piece = {batch->pages[i], size >> TM_PAGE_SHIFT, data, region->changed_only};
-        if (all) {
-            code = piece_add(source, piece, error);
-            data += size;
-        } else { // as each can be read
-            code = take(&context, (uintptr_t)batch->remote[i].iov_base, batch->pages[i], size);
-        }
+        uint64_t at = (uintptr_t)batch->remote[i].iov_base, size = batch->remote[i].iov_len;
+        struct eager_context context = {source, batch->regions[i], read_memory, -1, error};
+        if (!data)
+            code = take(&context, at, batch->pages[i], size);
+        else if (all)
+            code = keep(&context, batch->pages[i], data, size);
+        else
+            code = take_into(&context, at, batch->pages[i], data, size);
+        if (data) data += size;
     }
-    if (all) taken(source, batch->size);
     batch->n = 0;
     batch->size = 0;
     return code;
@@ -204,11 +220,15 @@ static int take_extent(void *context_, const struct extent *extent) {
     int code = TM_OK;
     for (uint64_t at = extent->start, end; !code && at < extent->end; at = end) {
         struct region *region = region_at(source, at);
-        if (!region) return tm_error_set(context->error, TM_SYS, 0, "PAGEMAP_SCAN", "a page is in no region");
+        if (!region) { // somebody who shares its memory has mapped it since
+            tm_error_set(context->error, TM_SYS, 0, "PAGEMAP_SCAN", "a page is in no region of its maps");
+            if (context->error) context->error->address = at;
+            return TM_SYS;
+        }
         end = extent->end < region->face.end ? extent->end : region->face.end;
         if (extent->categories & PAGE_IS_GUARD) return region_guarded(&region->face, at, context->error);
         if (region->changed_only && (extent->categories & PAGE_IS_FILE)) continue;
-        if (extent->categories & PAGE_IS_HUGE) region->face.huge = 1;
+        if (extent->categories & PAGE_IS_HUGE) region_has_huge(region);
         uint64_t page = region->first_page + ((at - region->face.start) >> TM_PAGE_SHIFT);
         code = eager_add(&context->batch, region, at, page, end - at, context->error);
     }

@@ -204,7 +204,7 @@ int tm_fill_now(struct tm_fill *fill, const uint64_t *addresses, uint32_t n, str
 
 int tm_fill_all(struct tm_fill *fill, struct tm_error *error) {
     struct tm_space *space = fill->n_spaces ? fill->spaces[0] : NULL;
-    int failed = space ? tm_reader_start(&fill->reader, error) : TM_OK;
+    int failed = space ? tm_reader_start(&fill->reader, 0, error) : TM_OK;
     while (space && !failed && space->left) {
         int worked = 0;
         failed = tm_fill_step(fill, 1, &worked, error);
@@ -229,7 +229,7 @@ int tm_fill_start(struct tm_fill *fill, struct tm_error *error) {
     }
     int failed = TM_OK;
     if (!(fill->options & TM_FILL_ON_DEMAND)) {
-        failed = tm_reader_start(&fill->reader, error);
+        failed = tm_reader_start(&fill->reader, 1, error);
     }
     if (!failed && !(fill->options & TM_FILL_NO_GUARDIAN)) {
         failed = tm_guardian_start(&fill->guardian, error);

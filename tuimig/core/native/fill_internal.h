@@ -90,12 +90,13 @@ struct tm_reader {
     pthread_cond_t changed;
     int quit;
     int running;
+    int gentle;
     int ready_fd; // eventfd for the server's poll
     pthread_t thread;
 };
 
 int tm_reader_create(struct tm_reader *reader, struct tm_spool *spool, struct tm_error *error);
-int tm_reader_start(struct tm_reader *reader, struct tm_error *error);
+int tm_reader_start(struct tm_reader *reader, int gentle, struct tm_error *error); // gentle: nobody waits for it
 void tm_reader_destroy(struct tm_reader *reader);
 int tm_reader_is_full(struct tm_reader *reader); // all pieces are in use
 void tm_reader_want(struct tm_reader *reader, uint64_t first, uint64_t n);

@@ -63,7 +63,9 @@ static void read_piece(struct tm_reader *reader, struct tm_piece *piece) {
 static void *reader_thread(void *argument) {
     struct tm_reader *reader = argument;
     uint32_t next = 0;
-    tm_thread_nice(TM_GENTLE); // what is touched is not read here
+    if (reader->gentle) {
+        tm_thread_nice(TM_GENTLE);
+    }
     pthread_mutex_lock(&reader->lock);
     for (;;) {
         struct tm_piece *piece = &reader->piece[next];
@@ -85,10 +87,11 @@ static void *reader_thread(void *argument) {
     return NULL;
 }
 
-int tm_reader_start(struct tm_reader *reader, struct tm_error *error) {
+int tm_reader_start(struct tm_reader *reader, int gentle, struct tm_error *error) {
     if (reader->running || reader->checked) {
         return TM_OK;
     }
+    reader->gentle = gentle;
     int failed = tm_thread_start(&reader->thread, "tuimig-read", reader_thread, reader);
     if (failed) {
         return tm_error_set(error, TM_SYS, failed, "pthread_create", "the filler's reader cannot start");

@@ -95,9 +95,6 @@ static bool try_hurry(const struct tm_source *source) {
     return may;
 }
 
-// From here on the target's threads do nothing: the CPUs are ours. What they did for us before, workers beside would only have
-// delayed: a low priority does not keep them from running first, and a call may wait for the lock of the memory map that a
-// scan holds.
 static void job_memory(struct tm_source *source, uint32_t index, uint8_t *buffer) {
     (void)buffer;
     const struct piece *piece = &source->pieces[index];
@@ -108,6 +105,8 @@ static void job_memory(struct tm_source *source, uint32_t index, uint8_t *buffer
     atomic_fetch_add(eager ? &source->eager_ns : &source->proof_ns, tm_now_ns() - begin);
 }
 
+// From here on the target's threads do nothing, so the CPUs are ours. Not before: workers would delay injected calls, since a
+// low priority does not keep them from running first, and a call may wait for the lock of the memory map that a scan holds.
 static int memory_begin(struct tm_source *source, struct tm_error *error) {
     precopy_make_way(source);
     int code = eager_list(source, error);
@@ -235,11 +234,13 @@ static void frozen_undo(struct tm_source *source) {
     source->eager_used = source->n_eager = 0;
     atomic_store(&source->total, 0);
     atomic_store(&source->done, 0);
+    atomic_store(&source->zero, 0);
     atomic_store(&source->eager_pages, 0);
+    atomic_store(&source->precopied, 0);
 }
 
 static int freeze_once(struct tm_source *source, bool *again, struct tm_error *error) {
-    int code = source->rounds ? closing_rounds(source, error) : regions_read(source, source->plan, error);
+    int code = source->rounds ? closing_rounds(source, error) : regions_read(source, NULL, error);
     if (code) return code;
     *again = source->rounds != NULL; // what the rounds have read is worth another try
     struct tm_frozen_times *times = &source->times;
@@ -269,11 +270,11 @@ int freeze_by_tracer(struct tm_source *source, void *argument, struct tm_error *
     const struct tm_freeze_plan *plan = argument;
     if (source->capture_threads) return tm_error_set(error, TM_SYS, EBUSY, "freeze", "the last attempt was not ended");
     attempt_reset(source, plan);
+    rounds_closing(source); // before threads are started: they inherit the niceness
     int code = eager_prepare(source, plan->eager_estimate + (plan->dirty_most << TM_PAGE_SHIFT), error);
     if (!code) code = capture_prepare(source, error);
     source->may_hurry = !code && try_hurry(source);
     source->filtered = any_filter(source);
-    rounds_closing(source);
     for (int i = 0; !code && i < FREEZES_MOST; i++) {
         bool again = false;
         code = freeze_once(source, &again, error);

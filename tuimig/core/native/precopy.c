@@ -102,7 +102,7 @@ static int found(void *context, const struct extent *extent) {
         return TM_OK;
     }
     if (!(extent->categories & PAGE_IS_WRITTEN)) return found_protected(taken, extent->start, extent->end); // swapped
-    if (extent->categories & PAGE_IS_HUGE) taken->region->face.huge = 1;
+    if (extent->categories & PAGE_IS_HUGE) region_has_huge(taken->region);
     return found_dirty(taken, extent->start, extent->end);
 }
 

@@ -1,4 +1,4 @@
-// The target's regions at T0: /proc/PID/maps as it is inside the freeze, with the policy applied. The plan decides for what
+// The target's regions: /proc/PID/maps as it is in a round or inside the freeze, with the policy applied. The plan decides for what
 // it knew; what appeared since takes the treatment of what it overlaps, else that of its class, else that of its size.
 #include <ctype.h>
 #include <errno.h>
@@ -153,6 +153,7 @@ static void regions_renew(struct tm_source *source) {
         struct tm_region_state face = region->face;
         face.slot = UINT64_MAX;
         face.planned = -1;
+        face.treatment = TM_NONE;
         face.huge = 0;
         face.tracked = 0;
         *region = (struct region){.face = face};

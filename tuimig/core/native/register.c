@@ -179,9 +179,12 @@ void release_prepare(struct tm_source *source) {
     extents_free(&now);
 }
 
-void release_all(struct tm_source *source) {
-    uint64_t begin = tm_now_ns(), began = 0;
-    bool stopped = source->opened.n && short_stop_begin(source, &began, NULL) == TM_OK;
+bool release_stop(struct tm_source *source, uint64_t *began_ns) {
+    return source->opened.n && short_stop_begin(source, began_ns, NULL) == TM_OK;
+}
+
+void release_all(struct tm_source *source, bool stopped, uint64_t began_ns) {
+    uint64_t begin = tm_now_ns();
     if (stopped) {
         struct extents now = mappings(source);
         for (uint32_t i = 0; i < now.n; i++) {
@@ -194,7 +197,7 @@ void release_all(struct tm_source *source) {
     if (source->uffd >= 0) close(source->uffd);
     if (source->track_uffd >= 0) close(source->track_uffd);
     source->uffd = source->track_uffd = -1;
-    if (stopped) short_stop_end(source, began);
+    if (stopped) short_stop_end(source, began_ns);
     source->opened.n = 0;
     source->registered.n = 0;
     source->times.release = tm_now_ns() - begin;

@@ -170,6 +170,7 @@ void tm_source_destroy(struct tm_source *source) {
     pthread_mutex_destroy(&source->lock);
     pthread_cond_destroy(&source->changed);
     pthread_mutex_destroy(&source->failure_lock);
+    pthread_mutex_destroy(&source->eager_lock);
     pthread_mutex_destroy(&source->request_lock);
     pthread_cond_destroy(&source->work);
     free(source);

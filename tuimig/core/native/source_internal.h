@@ -190,6 +190,8 @@ int regions_read(struct tm_source *source, const struct tm_freeze_plan *plan, st
 void regions_free(struct tm_source *source);
 uint32_t region_index(const struct tm_source *source, uint64_t address);
 struct region *region_at(const struct tm_source *source, uint64_t address);
+// Several workers may find it, each in a part of the region.
+static inline void region_has_huge(struct region *region) { __atomic_store_n(&region->face.huge, 1, __ATOMIC_RELAXED); }
 // Guard pages cannot be written down yet: an error that says so.
 int region_guarded(const struct tm_region_state *face, uint64_t address, struct tm_error *error);
 
@@ -245,7 +247,8 @@ uint64_t track_uncovered(const struct tm_source *source);
 int track_drop(struct tm_source *source, struct tm_error *error);
 bool track_is_open(const struct tm_source *source, uint64_t start, uint64_t end);
 void release_prepare(struct tm_source *source);
-void release_all(struct tm_source *source); // closes both descriptors
+bool release_stop(struct tm_source *source, uint64_t *began_ns);             // for release_all, where it is worth it
+void release_all(struct tm_source *source, bool stopped, uint64_t began_ns); // closes both descriptors
 
 // ---- precopy.c: what T0 makes of the rounds
 struct dirty_run {
@@ -424,7 +427,7 @@ struct tm_source {
     uint32_t n_workers;
     bool capture_threads;
     struct tm_ring *ring;
-    struct piece *pieces; // what is armed and swept, or proved
+    struct piece *pieces; // what is armed and swept, or copied and proved
     uint32_t n_pieces, pieces_capacity;
     atomic_uint next_piece;
     atomic_uint_least64_t last_fault_ns;

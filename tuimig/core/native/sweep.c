@@ -1,4 +1,4 @@
-// The workers: they share the arming and hashing inside the freeze, then sweep what nobody has touched, and capture first what
+// The workers: they share what is to be done with memory inside the freeze, then sweep what nobody has touched, and capture first what
 // a thread held by the guard waits for.
 #include <errno.h>
 #include <stdlib.h>
