@@ -39,8 +39,10 @@ demo: build
 
 test: packages build lint sanitize check
 
-# Two at a time: most tests wait for processes rather than compute.
+# Two at a time: most tests wait for processes rather than compute. They start the command a thousand times, which where
+# PYTHONDONTWRITEBYTECODE is set would compile it each time.
 check: build
+	$(PY) -m compileall -q tuimig
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not soak"
 
 lint: build
