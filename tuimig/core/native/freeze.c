@@ -25,6 +25,15 @@ static uint64_t clock_ns(clockid_t clock) {
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+// What a freeze itself counts.
+static void counts_reset(struct tm_source *source) {
+    atomic_store(&source->total, 0);
+    atomic_store(&source->done, 0);
+    atomic_store(&source->zero, 0);
+    atomic_store(&source->eager_pages, 0);
+    atomic_store(&source->precopied, 0);
+}
+
 static void attempt_reset(struct tm_source *source, const struct tm_freeze_plan *plan) {
     regions_free(source);
     arena_free(&source->arena);
@@ -39,17 +48,13 @@ static void attempt_reset(struct tm_source *source, const struct tm_freeze_plan 
     atomic_store(&source->next_piece, 0);
     atomic_store(&source->last_fault_ns, 0);
     source->few_cpus = sysconf(_SC_NPROCESSORS_ONLN) < CPUS_FOR_ALL;
-    atomic_store(&source->total, 0);
-    atomic_store(&source->done, 0);
+    counts_reset(source);
     atomic_store(&source->wp_faults, 0);
     atomic_store(&source->swept, 0);
-    atomic_store(&source->zero, 0);
     atomic_store(&source->fault_pages, 0);
     atomic_store(&source->guard_stops, 0);
-    atomic_store(&source->eager_pages, 0);
     atomic_store(&source->events, 0);
     atomic_store(&source->verified, 0);
-    atomic_store(&source->precopied, 0);
     if (source->verify_sums) munmap(source->verify_sums, source->verify_size);
     source->verify_sums = NULL;
 }
@@ -68,13 +73,9 @@ static int step_regions(struct tm_source *source, struct tm_error *error) {
     return code ? code : tm_spool_grow(source->spool, source->spool_pages, error);
 }
 
-static int step_calls(struct tm_source *source, struct tm_error *error) {
-    return state_make_calls(source, source->plan, error);
-}
-
 static int step_outside(struct tm_source *source, struct tm_error *error) {
     (void)error;
-    state_read_outside(source, source->plan);
+    state_read_outside(source);
     return TM_OK;
 }
 
@@ -100,7 +101,7 @@ static void job_memory(struct tm_source *source, uint32_t index, uint8_t *buffer
     const struct piece *piece = &source->pieces[index];
     bool eager = source->regions[piece->region].face.treatment == TM_EAGER;
     uint64_t begin = tm_now_ns();
-    struct tm_error error;
+    struct tm_error error = {0};
     if (eager ? eager_copy(source, piece, &error) : precopy_prove(source, piece, &error)) capture_fail(source, &error);
     atomic_fetch_add(eager ? &source->eager_ns : &source->proof_ns, tm_now_ns() - begin);
 }
@@ -137,7 +138,7 @@ static int memory_end(struct tm_source *source, struct tm_error *error) {
 static int frozen_state(struct tm_source *source, struct tm_error *error) {
     struct tm_frozen_times *times = &source->times;
     int code = part(&times->threads, state_read_threads, source, error);
-    if (!code) code = part(&times->calls, step_calls, source, error);
+    if (!code) code = part(&times->calls, state_make_calls, source, error);
     if (!code) code = memory_begin(source, error);
     if (code) return code;
     code = part(&times->probes, step_outside, source, error);
@@ -232,11 +233,7 @@ static void frozen_undo(struct tm_source *source) {
     source->n_threads = source->n_descriptors = source->n_probes = source->n_shared_pending = 0;
     source->n_pieces = 0;
     source->eager_used = source->n_eager = 0;
-    atomic_store(&source->total, 0);
-    atomic_store(&source->done, 0);
-    atomic_store(&source->zero, 0);
-    atomic_store(&source->eager_pages, 0);
-    atomic_store(&source->precopied, 0);
+    counts_reset(source);
 }
 
 static int freeze_once(struct tm_source *source, bool *again, struct tm_error *error) {

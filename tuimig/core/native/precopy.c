@@ -237,7 +237,6 @@ void precopy_stored(struct tm_source *source, uint64_t page, uint64_t n) {
 int precopy_list(struct tm_source *source, struct tm_error *error) {
     source->dirty.n = 0;
     source->dirty.pages = 0;
-    atomic_store(&source->precopied, 0);
     for (uint32_t i = 0; source->rounds && i < source->n_regions; i++) {
         struct region *region = &source->regions[i];
         if (!region_tracked(source, region)) continue;

@@ -308,7 +308,8 @@ int state_read_threads(struct tm_source *source, struct tm_error *error) {
     return tm_error_set(error, tm_error_code(err), err, "PTRACE_PEEKSIGINFO", "cannot read queued signals");
 }
 
-int state_make_calls(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error) {
+int state_make_calls(struct tm_source *source, struct tm_error *error) {
+    const struct tm_freeze_plan *plan = source->plan;
     source->n_probes = plan->n_probes;
     source->answers =
         arena_take(&source->arena, (size_t)plan->n_probes * source->n_threads * sizeof *source->answers + 1);
@@ -320,7 +321,8 @@ int state_make_calls(struct tm_source *source, const struct tm_freeze_plan *plan
     return code;
 }
 
-void state_read_outside(struct tm_source *source, const struct tm_freeze_plan *plan) {
+void state_read_outside(struct tm_source *source) {
+    const struct tm_freeze_plan *plan = source->plan;
     for (uint32_t i = 0; i < plan->n_probes; i++)
         if (plan->probes[i].kind >= TM_PROBE_FILE)
             probe_outside(source, &plan->probes[i], &source->answers[(size_t)i * source->n_threads]);

@@ -1,5 +1,6 @@
-// The target's regions: /proc/PID/maps as it is in a round or inside the freeze, with the policy applied. The plan decides for what
-// it knew; what appeared since takes the treatment of what it overlaps, else that of its class, else that of its size.
+// The target's regions: /proc/PID/maps as it is in a round or inside the freeze, with the policy applied. The plan decides
+// for what it knew; what appeared since takes the treatment of what it overlaps, else that of its class, else that of its
+// size.
 #include <ctype.h>
 #include <errno.h>
 #include <stdio.h>

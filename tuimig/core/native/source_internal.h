@@ -269,8 +269,8 @@ int precopy_tidy(struct tm_source *source, struct tm_error *error); // after the
 
 // ---- probe.c
 int state_read_threads(struct tm_source *source, struct tm_error *error);
-int state_make_calls(struct tm_source *source, const struct tm_freeze_plan *plan, struct tm_error *error);
-void state_read_outside(struct tm_source *source, const struct tm_freeze_plan *plan); // files and queues
+int state_make_calls(struct tm_source *source, struct tm_error *error);
+void state_read_outside(struct tm_source *source); // files and queues
 int state_read_descriptors(struct tm_source *source, struct tm_error *error);
 int file_read_whole(struct arena *arena, const char *path, const uint8_t **data, uint64_t *size); // 0 or errno
 

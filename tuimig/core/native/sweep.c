@@ -1,5 +1,5 @@
-// The workers: they share what is to be done with memory inside the freeze, then sweep what nobody has touched, and capture first what
-// a thread held by the guard waits for.
+// The workers: they share what is to be done with memory inside the freeze, then sweep what nobody has touched, and capture
+// first what a thread held by the guard waits for.
 #include <errno.h>
 #include <stdlib.h>
 #include <unistd.h>
